@@ -1,0 +1,63 @@
+"""What the commands share on a terminal: exit codes, one-line errors, plain logging.
+
+Exit codes: 0 done; 2 the user's input is wrong; 3 preprocessing left subjects out; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+DONE, FAILED, WRONG_INPUT, LEFT_OUT = 0, 1, 2, 3
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error here."""
+
+    def error(self, message: str):
+        """Print `error: ...` and exit with 2."""
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(WRONG_INPUT)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show each option's default, except where it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def run(main: Callable[[list[str] | None], int]) -> int:
+    """Call a command's `main`, turn what it raises into one line on stderr and an exit code.
+
+    ValueError and FileNotFoundError are the user's input (2), other operating system errors such as
+    a full disk and interruptions are 1. Anything else is a fault of ours and keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if os.environ.get("TRACEBACK"):  # for developers
+        return main(None)
+    try:
+        return main(None)
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG_INPUT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return FAILED
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return FAILED
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

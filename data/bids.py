@@ -1,0 +1,194 @@
+"""Which T1w and T2w belong to which subject and session of a BIDS tree.
+
+Owns file names only; it opens no volume. BIDS: Gorgolewski et al. 2016, https://bids.neuroimaging.io.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = ("T1w", "T2w")
+_ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+.]+)$")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A file named by the rules of BIDS: `sub-01_ses-02_run-1_T1w.nii.gz`."""
+
+    path: Path
+    entities: tuple[tuple[str, str], ...]  # without sub and ses
+    suffix: str
+
+    def get(self, entity: str) -> str | None:
+        """The entity's label, None where the name has none."""
+        return dict(self.entities).get(entity)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One session of one subject, with one T1w and one T2w.
+
+    Attributes
+    ----------
+    dataset : name of the tree's folder
+    subject, session : labels without `sub-` and `ses-`; session is "" where the tree has none
+    root : the tree
+    t1w, t2w : the files chosen
+    """
+
+    dataset: str
+    subject: str
+    session: str
+    root: Path
+    t1w: Path
+    t2w: Path
+
+    @property
+    def id(self) -> str:
+        """`dataset_sub-01[_ses-02]`, unique in a store."""
+        return subject_id(self.dataset, self.subject, self.session)
+
+
+def subject_id(dataset: str, subject: str, session: str) -> str:
+    """The id of a session in a store."""
+    return f"{dataset}_sub-{subject}" + (f"_ses-{session}" if session else "")
+
+
+def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject], dict[str, str]]:
+    """Pair T1w and T2w in a BIDS tree, session by session.
+
+    Of several scans of one kind the one is taken that stands first in this order: magnitude before
+    phase, without contrast agent (`ce-`) before with, not resampled or processed (`space-`, `res-`,
+    `desc-`) before, fewer entities before more, and the lowest `run-` index: a repeat is numbered
+    after the scan that it repeats. A file with `part-phase`, `part-real` or `part-imag` is never taken.
+
+    Parameters
+    ----------
+    root : a BIDS tree (raw or derivative), read without following it outside
+    dataset : its name in the store; the folder's name as a rule
+
+    Returns
+    -------
+    subjects : those with both, in the order of their ids
+    missing : id to reason, for sessions with only one of the two
+
+    Raises
+    ------
+    FileNotFoundError : no such folder
+    ValueError : a folder without any `sub-*/[ses-*/]anat/*_T1w.nii[.gz]`
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; --bids takes the root of a BIDS tree")
+    dataset = dataset or dataset_name(root)
+    subjects, missing, seen = [], {}, False
+    for anat, subject, session in _anat_folders(root):
+        scans = [scan for scan in map(parse_name, sorted(anat.iterdir())) if scan]
+        name = subject_id(dataset, subject, session)
+        chosen = {suffix: choose(scans, suffix) for suffix in SUFFIXES}
+        t1w, t2w = chosen["T1w"], chosen["T2w"]
+        if t1w and t2w:
+            subjects.append(Subject(dataset, subject, session, root, t1w.path, t2w.path))
+        elif t1w or t2w:
+            has, lacks = ("T1w", "T2w") if t1w else ("T2w", "T1w")
+            missing[name] = f"{anat.relative_to(root)}: has a {has} but no {lacks}"
+        seen = seen or t1w is not None or t2w is not None
+    if not seen:
+        raise ValueError(
+            f"{root}: no T1w or T2w found; a BIDS tree has files like "
+            "sub-01/anat/sub-01_T1w.nii.gz and sub-01/anat/sub-01_T2w.nii.gz"
+        )
+    return sorted(subjects, key=lambda s: s.id), missing
+
+
+def dataset_name(root: Path) -> str:
+    """The name of a tree's folder, made fit for file names and tables."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", root.resolve().name).strip("-") or "bids"
+
+
+def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:
+    """(folder, subject label, session label) of each `anat` folder."""
+    found = []
+    for subject in sorted(root.glob("sub-*")):
+        if not subject.is_dir():
+            continue
+        for anat in [subject / "anat", *sorted(subject.glob("ses-*/anat"))]:
+            if anat.is_dir():
+                session = anat.parent.name[4:] if anat.parent != subject else ""
+                found.append((anat, subject.name[4:], session))
+    return found
+
+
+def parse_name(path: Path) -> Scan | None:
+    """Take a NIfTI name apart; None where the name is not one of BIDS or is hidden."""
+    match = re.fullmatch(r"(.+)_([A-Za-z0-9]+)\.nii(\.gz)?", path.name)
+    if not match or path.name.startswith(".") or path.is_dir():
+        return None
+    pairs = []
+    for part in match.group(1).split("_"):
+        entity = _ENTITY.fullmatch(part)
+        if not entity:
+            return None
+        pairs.append((entity.group(1), entity.group(2)))
+    if pairs[0][0] != "sub":
+        return None
+    return Scan(path, tuple(p for p in pairs if p[0] not in ("sub", "ses")), match.group(2))
+
+
+def choose(scans: list[Scan], suffix: str) -> Scan | None:
+    """The scan of a kind that `find_subjects` describes, None where there is none."""
+    fit = [s for s in scans if s.suffix == suffix and s.get("part") in (None, "mag")]
+    return min(fit, key=_rank) if fit else None
+
+
+def _rank(scan: Scan) -> tuple:
+    run = scan.get("run") or ""
+    return (
+        scan.get("ce") is not None,
+        any(scan.get(e) is not None for e in ("space", "res", "desc")),
+        len([e for e, _ in scan.entities if e not in ("run", "part")]),
+        int(run) if run.isdigit() else 0,
+        not scan.path.name.endswith(".gz"),
+        scan.path.name,
+    )
+
+
+def brain_mask_path(subject: Subject) -> Path:
+    """The `*_desc-brain_mask.nii[.gz]` that belongs to a subject's T1w.
+
+    Looked for beside the T1w, then in `derivatives/` below the tree (any pipeline, in the order of
+    their names). A mask in another space (`space-` other than T1w or orig) or of another run is not taken.
+
+    Raises
+    ------
+    FileNotFoundError : there is none; says where it was looked for
+    """
+    where = f"sub-{subject.subject}" + (f"/ses-{subject.session}" if subject.session else "")
+    t1w = parse_name(subject.t1w)
+    run = t1w.get("run") if t1w else None
+    folders = [subject.t1w.parent, *sorted(subject.root.glob(f"derivatives/*/{where}/anat")),
+               *sorted(subject.root.glob(f"derivatives/{where}/anat"))]
+    for folder in folders:
+        masks = [s for s in map(parse_name, sorted(folder.glob("*_mask.nii*"))) if s
+                 and s.get("desc") == "brain" and s.get("space") in (None, "T1w", "orig")
+                 and s.get("run") in (None, run)]
+        if masks:
+            return min(masks, key=lambda s: (s.get("run") != run, len(s.entities), s.path.name)).path
+    raise FileNotFoundError(
+        f"{subject.t1w}: no *_desc-brain_mask.nii.gz beside it or in "
+        f"{subject.root / 'derivatives'}/*/{where}/anat; add one or choose another --brain-extraction"
+    )
+
+
+def describe(root: Path, dataset: str) -> dict[str, Any]:
+    """Name, licence and DOI of a tree from its `dataset_description.json`, "" where it says nothing."""
+    try:
+        text = json.loads((root / "dataset_description.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        text = {}
+    text = text if isinstance(text, dict) else {}
+    return {"dataset": dataset, "name": str(text.get("Name", "")), "snapshot": "",
+            "doi": str(text.get("DatasetDOI", "")), "license": str(text.get("License", ""))}

@@ -1,0 +1,526 @@
+"""The slice store: memory-mapped arrays of T1w and T2w slices, and who is who.
+
+A folder of `store.json`, `subjects.tsv`, `skipped.tsv`, `t1w.npy`, `t2w.npy` (N, H, W) float16 in
+[-1, 1] and `mask.npy` (N, H, W/8) uint8, the brain as bits along W, most significant first. Row r of
+all three is the same place in the same head; rows stand in the order of the subjects' ids, a
+subject's from inferior to superior.
+
+Owns the format: writer, reader, check and split. It imports neither nibabel nor torch. A subject
+arrives as one file in `parts/` (written whole or not at all), and `pack` turns parts and the arrays
+of before into new arrays behind one commit file, so a kill at any moment leaves either the old
+store, or the new one, or a commit that the next writer completes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "t1w-t2w-slices"
+VERSION = 1
+SPLITS = ("train", "val", "test")
+ARRAYS = ("t1w.npy", "t2w.npy", "mask.npy")
+TABLES = ("store.json", "subjects.tsv", "skipped.tsv")
+LAYOUT = "axial slices, inferior to superior; H anterior to posterior, W left to right"
+COMMIT = "commit.json"
+PARTS = "parts"
+# Settings that all subjects of a store share; a run that asks for others is refused.
+SHARED = ("size", "spacing_mm", "min_brain_area", "intensity", "split", "seed")
+COLUMNS = (
+    "id", "dataset", "subject", "session", "split", "first_row", "n_slices", "brain_ml", "t1w",
+    "t2w", "t1w_sha256", "t2w_sha256", "brain_extraction", "registration", "translation_mm",
+    "rotation_deg", "mi_before", "mi_after", "t2w_coverage", "cut_share", "slice_spacing_mm",
+    "first_slice", "t1w_low", "t1w_high", "t2w_low", "t2w_high", "rows_sha256", "recipe", "note",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One subject's slices and its row of `subjects.tsv` (without split and first_row)."""
+
+    t1w: np.ndarray  # (n, H, W) float16
+    t2w: np.ndarray  # (n, H, W) float16
+    mask: np.ndarray  # (n, H, W) bool
+    row: dict[str, str]
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class SliceStore:
+    """Read a store without loading it: arrays are memory maps.
+
+    Attributes
+    ----------
+    folder : Path
+    header : dict, the content of `store.json`
+    subjects : list of dict, the rows of `subjects.tsv` with `first_row` and `n_slices` as int
+    t1w, t2w : (N, H, W) float16 memory maps in [-1, 1]
+    packed_mask : (N, ceil(W / 8)) uint8 memory map of the brain's bits
+
+    Raises
+    ------
+    FileNotFoundError : no store there
+    ValueError : another format or version, an unfinished write, or files that do not fit together
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.header = _read_header(self.folder)
+        if (self.folder / COMMIT).exists():
+            raise ValueError(f"{self.folder}: a write was interrupted; run preprocess.py again")
+        self.subjects = _read_subjects(self.folder)
+        self.t1w, self.t2w, self.packed_mask = (self._open(name) for name in ARRAYS)
+        self._check_shapes()
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return int(self.header["size"])
+
+    def __len__(self) -> int:
+        return len(self.t1w)
+
+    def rows(self, split: str) -> np.ndarray:
+        """(n,) int64 rows of a split, in the store's order."""
+        if split not in SPLITS:
+            raise ValueError(f"split '{split}' is unknown; one of {', '.join(SPLITS)}")
+        spans = [np.arange(s["first_row"], s["first_row"] + s["n_slices"], dtype=np.int64)
+                 for s in self.subjects if s["split"] == split]
+        return np.concatenate(spans) if spans else np.empty(0, np.int64)
+
+    def mask(self, rows: np.ndarray | slice) -> np.ndarray:
+        """(n, H, W) bool: the brain in these rows."""
+        bits = np.unpackbits(self.packed_mask[rows], axis=-1, count=self.size)
+        return bits.astype(bool)
+
+    def _open(self, name: str) -> np.ndarray:
+        path = self.folder / name
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing; run preprocess.py again") from None
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete the store and run preprocess.py "
+                             "again") from None
+
+    def _check_shapes(self) -> None:
+        n, size = self.header["counts"]["slices"]["all"], self.size
+        wanted = {"t1w.npy": ((n, size, size), "float16"), "t2w.npy": ((n, size, size), "float16"),
+                  "mask.npy": ((n, size, (size + 7) // 8), "uint8")}
+        for name, array in zip(ARRAYS, (self.t1w, self.t2w, self.packed_mask)):
+            shape, dtype = wanted[name]
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{self.folder / name}: is {array.shape} {array.dtype}, store.json "
+                                 f"says {shape} {dtype}; delete the store and run preprocess.py again")
+        row = 0
+        for subject in self.subjects:
+            if subject["first_row"] != row or subject["n_slices"] < 1:
+                raise ValueError(f"{self.folder / 'subjects.tsv'}: {subject['id']} starts at row "
+                                 f"{subject['first_row']} with {subject['n_slices']} slices, row {row} "
+                                 "was due; delete the store and run preprocess.py again")
+            row += subject["n_slices"]
+        if row != n:
+            raise ValueError(f"{self.folder / 'subjects.tsv'}: counts {row} slices, store.json {n}; "
+                             "delete the store and run preprocess.py again")
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    path = folder / "store.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no slice store there; make one with preprocess.py --out "
+                                f"{folder}, or point to one with --slices")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        kind, version = header["format"], header["version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a slice store's header; choose another folder") from None
+    if kind != FORMAT or version != VERSION:
+        raise ValueError(f"{path}: format {kind} version {version}, this program reads {FORMAT} "
+                         f"version {VERSION}; make the store again with preprocess.py")
+    return header
+
+
+def _read_subjects(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "subjects.tsv"
+    subjects: list[dict[str, Any]] = list(read_table(path))
+    for subject in subjects:
+        try:
+            subject["first_row"] = int(subject["first_row"])
+            subject["n_slices"] = int(subject["n_slices"])
+            known = subject["split"] in SPLITS and subject["id"]
+        except (KeyError, ValueError, TypeError):
+            known = None
+        if not known:
+            raise ValueError(f"{path}: row {subject} lacks id, split, first_row or n_slices; delete "
+                             "the store and run preprocess.py again")
+    return subjects
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a tab-separated table with a header line; [] where there is no such file."""
+    try:
+        with open(path, encoding="utf-8", newline="") as lines:
+            return list(csv.DictReader(lines, delimiter="\t"))
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a table of text; delete it and run again") from None
+
+
+# ------------------------------------------------------------------------------------------ split
+
+
+def split_value(dataset: str, subject: str) -> float:
+    """A subject's place in [0, 1), the same wherever and whenever it is asked for."""
+    digest = hashlib.sha256(f"{dataset}/{subject}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2 ** 64
+
+
+def assign_splits(
+    subjects: Sequence[tuple[str, str]], fractions: Sequence[float], *,
+    val: Sequence[str] = (), test: Sequence[str] = (),
+    settled: dict[tuple[str, str], str] | None = None,
+) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """Put each subject into train, val or test by a stable hash of its name.
+
+    Parameters
+    ----------
+    subjects : (dataset, subject label) pairs; sessions of one subject are one pair
+    fractions : of train, val and test; they sum to 1
+    val, test : subjects named outright, as `01`, `sub-01` or `dataset/sub-01`; a split that is named
+        holds exactly these
+    settled : what an earlier run decided: new data never moves old subjects
+
+    Returns
+    -------
+    splits : each pair's split
+    said : one line for each subject that was moved to fill an empty split
+
+    Raises
+    ------
+    ValueError : a name that fits no subject, or one in both lists
+    """
+    pairs = sorted(set(subjects))
+    named = {pair: "val" for name in val for pair in _named(name, pairs)}
+    for name in test:
+        for pair in _named(name, pairs):
+            if pair in named:
+                raise ValueError(f"subject '{name}' is in --val and in --test; keep it in one")
+            named[pair] = "test"
+    bounds = np.cumsum([0.0, *fractions])
+    closed = {s for s, names in (("val", val), ("test", test)) if names}
+    splits = {}
+    for pair in pairs:
+        hashed = SPLITS[int(np.searchsorted(bounds[1:-1], split_value(*pair), side="right"))]
+        before = (settled or {}).get(pair, hashed)
+        splits[pair] = named.get(pair, "train" if before in closed else before)
+    said = [line for split, fraction in ((0, 1), (2, fractions[2]), (1, fractions[1]))
+            if fraction > 0 for line in _fill(SPLITS[split], splits, bounds, named)]
+    return splits, said
+
+
+def _named(name: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    dataset, _, label = name.rpartition("/")
+    label = label.removeprefix("sub-")
+    fit = [p for p in pairs if p[1] == label and dataset in ("", p[0])]
+    fit = fit or [p for p in pairs if f"{p[0]}_sub-{p[1]}" == name]
+    if not fit:
+        have = ", ".join(f"sub-{s}" for _, s in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
+        raise ValueError(f"subject '{name}' named in --val or --test is not there; there are {have}")
+    return fit
+
+
+def _fill(split: str, splits: dict[tuple[str, str], str], bounds: np.ndarray,
+          named: dict[tuple[str, str], str]) -> list[str]:
+    """Give an empty split the subject whose hash lies nearest to its interval."""
+    if split in splits.values():
+        return []
+    held = list(splits.values())
+    # never take a split's last subject, nor one that the user has placed
+    free = [p for p in splits if p not in named and held.count(splits[p]) > 1]
+    if not free:
+        return [f"split {split} stays empty: too few subjects"]
+    low, high = bounds[SPLITS.index(split)], bounds[SPLITS.index(split) + 1]
+
+    def distance(pair: tuple[str, str]) -> tuple[float, tuple[str, str]]:
+        value = split_value(*pair)
+        return max(low - value, value - high, 0.0), pair
+
+    pair = min(free, key=distance)
+    said = f"split {split} was empty: sub-{pair[1]} of {pair[0]} moved there from {splits[pair]}"
+    splits[pair] = split
+    return [said]
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The header of the store in `folder` (None if there is none), if it was built with `settings`.
+
+    Raises
+    ------
+    ValueError : the store was built otherwise; names the setting and both values
+    """
+    if not (folder / "store.json").exists():
+        return None
+    header = _read_header(folder)
+    for name in SHARED:
+        if header.get(name) != json.loads(json.dumps(settings[name])):
+            raise ValueError(f"{folder / 'store.json'}: built with {name} {header.get(name)}, now asked "
+                             f"for {settings[name]}; choose another --out, or delete this store")
+    return header
+
+
+def recover(folder: Path) -> None:
+    """Complete or forget what an interrupted run left: called before anything is written."""
+    commit = folder / COMMIT
+    if commit.exists():
+        _complete(folder)
+    for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp"),
+                     *(folder / PARTS).glob("*.tmp")]:
+        leftover.unlink()
+
+
+def write_part(folder: Path, part: Part) -> None:
+    """Keep one finished subject until the next `pack`; whole or not at all."""
+    parts = folder / PARTS
+    parts.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, t1w=part.t1w, t2w=part.t2w, mask=np.packbits(part.mask, axis=-1),
+             row=np.array(json.dumps(part.row)))
+    write_atomically(parts / f"{part.row['id']}.npz", buffer.getvalue())
+
+
+def read_part(path: Path) -> Part | None:
+    """A part, None where the file is none (an interrupted disk, say): it is then made again."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            t1w = stored["t1w"]
+            mask = np.unpackbits(stored["mask"], axis=-1, count=t1w.shape[-1]).astype(bool)
+            return Part(t1w, stored["t2w"], mask, json.loads(str(stored["row"])))
+    except Exception:  # zipfile, numpy and json each raise their own; the answer is the same
+        return None
+
+
+def part_rows(folder: Path) -> dict[str, dict[str, str]]:
+    """The rows of all readable parts by id, without their arrays."""
+    rows = {}
+    for path in sorted((folder / PARTS).glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                row = json.loads(str(stored["row"]))
+            rows[row["id"]] = row
+        except Exception:  # as in read_part
+            path.unlink()
+    return rows
+
+
+def digest_rows(t1w: np.ndarray, t2w: np.ndarray, packed_mask: np.ndarray) -> str:
+    """Hash of a subject's rows of the three arrays."""
+    digest = hashlib.sha256()
+    for array in (t1w, t2w, packed_mask):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
+         skipped: dict[str, str]) -> None:
+    """Write the store anew from its parts and from the arrays that it has.
+
+    Parameters
+    ----------
+    folder : the store
+    header : `store.json` without format, version and counts
+    subjects : the table's rows with `split`; a row's slices come from its part where there is one,
+        else from the present arrays. A subject that is not among them leaves the store.
+    skipped : id to reason
+    """
+    subjects = sorted(subjects, key=lambda s: s["id"])
+    old = SliceStore(folder) if (folder / "store.json").exists() else None
+    spans = {s["id"]: slice(s["first_row"], s["first_row"] + s["n_slices"])
+             for s in (old.subjects if old else ())}
+    first = 0
+    rows = []
+    for subject in subjects:
+        rows.append({**subject, "first_row": first})
+        first += int(subject["n_slices"])
+    size = int(header["size"])
+    shapes = [(first, size, size), (first, size, size), (first, size, (size + 7) // 8)]
+    dtypes = ["float16", "float16", "uint8"]
+    for index, name in enumerate(ARRAYS):
+        blocks = (_block(folder, s["id"], index, old, spans) for s in rows)
+        _write_array(folder / f"{name}.new", shapes[index], dtypes[index], blocks)
+    full = {"format": FORMAT, "version": VERSION, **header, "layout": LAYOUT,
+            "mask": "bits along W, most significant first", "counts": _counts(rows)}
+    _write_synced(folder / "store.json.new", (json.dumps(full, indent=1) + "\n").encode())
+    _write_synced(folder / "subjects.tsv.new", table(COLUMNS, rows))
+    _write_synced(folder / "skipped.tsv.new", table(
+        ("id", "reason"), [{"id": i, "reason": skipped[i]} for i in sorted(skipped)]))
+    done = sorted(path.name for path in (folder / PARTS).glob("*.npz"))
+    write_atomically(folder / COMMIT, json.dumps({"parts": done}).encode())
+    _complete(folder)
+
+
+def _block(folder: Path, name: str, index: int, old: SliceStore | None,
+           spans: dict[str, slice]) -> np.ndarray:
+    path = folder / PARTS / f"{name}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            return stored[("t1w", "t2w", "mask")[index]]
+    if old is None or name not in spans:
+        raise ValueError(f"{folder}: {name} has neither a part nor rows; run preprocess.py again")
+    return (old.t1w, old.t2w, old.packed_mask)[index][spans[name]]
+
+
+def _counts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    counts = {what: dict.fromkeys(("all", *SPLITS), 0) for what in ("subjects", "sessions", "slices")}
+    seen = set()
+    for row in rows:
+        for split in ("all", row["split"]):
+            counts["sessions"][split] += 1
+            counts["slices"][split] += int(row["n_slices"])
+            counts["subjects"][split] += (row["dataset"], row["subject"]) not in seen
+        seen.add((row["dataset"], row["subject"]))
+    return counts
+
+
+def _write_array(path: Path, shape: tuple[int, ...], dtype: str,
+                 blocks: Iterator[np.ndarray]) -> None:
+    with open(path, "wb") as out:
+        np.lib.format.write_array_header_1_0(
+            out, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+                  "shape": shape})
+        for block in blocks:
+            out.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _complete(folder: Path) -> None:
+    """Carry out a commit; may be interrupted and begun again at any point."""
+    commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+    for name in (*ARRAYS, *TABLES):
+        new = folder / f"{name}.new"
+        if new.exists():
+            os.replace(new, folder / name)
+    for name in commit["parts"]:
+        (folder / PARTS / name).unlink(missing_ok=True)
+    if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()):
+        (folder / PARTS).rmdir()
+    _sync_folder(folder)
+    (folder / COMMIT).unlink()
+
+
+def table(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    """A tab-separated table; tabs and line ends inside a value become spaces."""
+    lines = ["\t".join(columns)]
+    for row in rows:
+        lines.append("\t".join(re.sub(r"[\t\r\n]+", " ", str(row.get(c, ""))) for c in columns))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that its name only ever stands for the whole content."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_synced(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder last (a no-op where folders cannot be opened)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------ check
+
+
+def check(folder: Path) -> list[str]:
+    """Verify a store from end to end.
+
+    Returns
+    -------
+    What is wrong, one line each with the subject and its rows; [] for a sound store
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : as `SliceStore`
+    """
+    store = SliceStore(folder)
+    problems = []
+    owner: dict[tuple[str, str], str] = {}
+    for subject in store.subjects:
+        person = (subject["dataset"], subject["subject"])
+        if owner.setdefault(person, subject["split"]) != subject["split"]:
+            problems.append(f"{subject['id']}: in split {subject['split']}, another session of the "
+                            f"same subject in {owner[person]}")
+        problems += _check_rows(store, subject)
+    ids = [s["id"] for s in store.subjects]
+    if ids != sorted(set(ids)):
+        problems.append("subjects.tsv: ids are not unique and in order")
+    return problems
+
+
+def _check_rows(store: SliceStore, subject: dict[str, Any]) -> list[str]:
+    first, n = subject["first_row"], subject["n_slices"]
+    span = slice(first, first + n)
+    where = f"{subject['id']} (rows {first} to {first + n - 1})"
+    mask = store.mask(span)
+    problems = []
+    for name, array in (("t1w", store.t1w), ("t2w", store.t2w)):
+        values = np.asarray(array[span], dtype=np.float32)
+        bad = ~np.isfinite(values)
+        if bad.any():
+            problems.append(f"{where}: {name} has NaN in rows {_rows_of(bad, first)}")
+            continue
+        beyond = np.abs(values) > 1
+        if beyond.any():
+            problems.append(f"{where}: {name} leaves [-1, 1] in rows {_rows_of(beyond, first)}")
+        stray = (values != -1) & ~mask
+        if stray.any():
+            problems.append(f"{where}: {name} is not -1 outside the brain in rows "
+                            f"{_rows_of(stray, first)}")
+        flat = (values == values[:, :1, :1]).all(axis=(1, 2))
+        if flat.any():
+            problems.append(f"{where}: {name} is empty in rows {_rows_of(flat, first)}")
+    empty = ~mask.any(axis=(1, 2))
+    if empty.any():
+        problems.append(f"{where}: no brain in rows {_rows_of(empty, first)}")
+    if digest_rows(store.t1w[span], store.t2w[span], store.packed_mask[span]) \
+            != subject["rows_sha256"]:
+        problems.append(f"{where}: content differs from its hash in subjects.tsv")
+    return problems
+
+
+def _rows_of(bad: np.ndarray, first: int) -> str:
+    rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1)) + first
+    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

@@ -1,0 +1,160 @@
+"""One session of one subject: from its two files to the rows of the store.
+
+Joins `volume`, `brain` and `registration` into the pipeline of T1w and T2w together. Evaluation on
+new scans runs through the same function with the settings that a checkpoint recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import brain
+from data.bids import Subject, brain_mask_path
+from data.registration import Registration, register_rigid
+from data.store import Part, digest_rows
+from data.volume import (UPPER_PERCENTILE, Volume, crop_or_pad, field_of_view, grid_of, place,
+                         read_volume, resample, same_grid, slicing_grid, to_slices)
+
+PIPELINE = 1  # raise when the same files would give other slices
+MIN_COVERAGE = 0.5  # of the brain must lie in T2w's field of view
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How volumes become slices; the store and the checkpoint keep these.
+
+    Attributes
+    ----------
+    size : pixels a side, a multiple of 4
+    spacing_mm : in-plane voxel size; along k the native one where coarser
+    min_brain_area : a slice is kept if its brain covers at least this share of the largest slice's
+    brain_ml : volumes in millilitres believed of a brain mask
+    seed : of the registration's samples
+    """
+
+    size: int = 128
+    spacing_mm: float = 1.5
+    min_brain_area: float = 0.25
+    brain_ml: tuple[float, float] = brain.ADULT_ML
+    seed: int = 0
+
+    def record(self) -> dict:
+        """What a store's header and a checkpoint keep: plain numbers and words."""
+        return {"size": self.size, "spacing_mm": self.spacing_mm,
+                "min_brain_area": self.min_brain_area, "seed": self.seed,
+                "intensity": {"rule": "zero to -1, percentile inside the brain to 1, clipped",
+                              "upper_percentile": UPPER_PERCENTILE}}
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def recipe(subject: Subject, method: str, settings: Settings) -> tuple[str, str, str]:
+    """Hashes of both files and of all that decides the slices: equal recipe, equal rows."""
+    t1w, t2w = sha256(subject.t1w), sha256(subject.t2w)
+    mask = sha256(brain_mask_path(subject)) if method == "mask" else ""
+    text = json.dumps([PIPELINE, t1w, t2w, mask, method, asdict(settings)])
+    return t1w, t2w, hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prepare(subject: Subject, method: str, settings: Settings,
+            extractor: Callable[[Volume], np.ndarray] | None) -> Part:
+    """Turn a subject's files into slices.
+
+    Parameters
+    ----------
+    subject : where the files are
+    method : brain extraction, one of `brain.METHODS`
+    settings : see there
+    extractor : from `brain.make_extractor`; None for "mask"
+
+    Returns
+    -------
+    Part : row-aligned slices and the subject's row of the table
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : the subject cannot be used; says which file and why
+    """
+    t1w_hash, t2w_hash, key = recipe(subject, method, settings)
+    t1w, t2w = read_volume(subject.t1w), read_volume(subject.t2w)
+    found = (brain.given_mask(brain_mask_path(subject), t1w) if extractor is None
+             else extractor(t1w))
+    mask, brain_ml = brain.judge_mask(found, t1w, limits_ml=settings.brain_ml)
+    placed = _align(t1w, t2w, mask, extracted=method == "none", seed=settings.seed)
+    figures, (x, y, frame) = _cut(t1w, t2w, mask, placed, settings)
+    row = {
+        "id": subject.id, "dataset": subject.dataset, "subject": subject.subject,
+        "session": subject.session, "n_slices": str(len(x)), "brain_ml": f"{brain_ml:.1f}",
+        "t1w": subject.t1w.relative_to(subject.root).as_posix(),
+        "t2w": subject.t2w.relative_to(subject.root).as_posix(),
+        "t1w_sha256": t1w_hash, "t2w_sha256": t2w_hash, "brain_extraction": method,
+        "registration": placed.method, "translation_mm": f"{placed.translation_mm:.3f}",
+        "rotation_deg": f"{placed.rotation_deg:.3f}", "mi_before": _number(placed.mi_before),
+        "mi_after": _number(placed.mi_after), "note": placed.note, "recipe": key,
+        "rows_sha256": digest_rows(x, y, np.packbits(frame, axis=-1)), **figures,
+    }
+    return Part(x, y, frame, row)
+
+
+def _align(t1w: Volume, t2w: Volume, mask: np.ndarray, *, extracted: bool,
+           seed: int) -> Registration:
+    """Register, unless somebody already has: one grid and extracted together."""
+    if extracted and same_grid(grid_of(t1w), grid_of(t2w)):
+        return Registration(np.eye(4), "same-grid")
+    return register_rigid(t1w, t2w, mask, seed=seed)
+
+
+def _cut(t1w: Volume, t2w: Volume, mask: np.ndarray, placed: Registration,
+         settings: Settings) -> tuple[dict[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Both volumes on T1w's slicing grid, scaled, framed and cut; figures for the table beside."""
+    grid = slicing_grid(t1w, settings.spacing_mm)
+    brain_mask = resample(mask, t1w.affine, grid, nearest=True)
+    seen = brain_mask & field_of_view(t2w.data.shape, t2w.affine, grid, placed.matrix)
+    coverage = float(seen.sum()) / max(float(brain_mask.sum()), 1)
+    if coverage < MIN_COVERAGE:
+        raise ValueError(f"{t2w.path}: covers {coverage:.0%} of the brain in {t1w.path.name}; "
+                         "leave the pair out")
+    x, x_place = place(resample(t1w.data, t1w.affine, grid), seen, grid, settings.size,
+                       path=t1w.path)
+    y, y_place = place(resample(t2w.data, t2w.affine, grid, matrix=placed.matrix), seen, grid,
+                       settings.size, path=t2w.path)
+    frame = to_slices(crop_or_pad(seen, x_place.centre, settings.size, fill=False))
+    keep = slices_kept(frame, settings.min_brain_area)
+    figures = {
+        "t2w_coverage": f"{coverage:.4f}", "cut_share": f"{x_place.cut_share:.4f}",
+        "slice_spacing_mm": f"{grid.spacing_mm[2]:.4f}", "first_slice": str(keep.start),
+        "t1w_low": f"{x_place.scale.low:.6g}", "t1w_high": f"{x_place.scale.high:.6g}",
+        "t2w_low": f"{y_place.scale.low:.6g}", "t2w_high": f"{y_place.scale.high:.6g}",
+    }
+    return figures, (x[keep].astype(np.float16), y[keep].astype(np.float16), frame[keep])
+
+
+def slices_kept(mask: np.ndarray, min_brain_area: float) -> slice:
+    """The run of slices from the first to the last whose brain is at least a share of the largest.
+
+    Parameters
+    ----------
+    mask : (K, H, W) bool
+    min_brain_area : share of the largest slice's area, 0 to 1
+    """
+    area = mask.sum(axis=(1, 2))
+    large = np.flatnonzero((area >= min_brain_area * area.max()) & (area > 0))
+    return slice(int(large[0]), int(large[-1]) + 1)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,271 @@
+"""Tests of losses/quality.py against scikit-image."""
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nibabel.testing import data_path
+from PIL import Image
+from scipy import ndimage
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
+from skimage.transform import resize
+from torch import Tensor
+
+from losses.quality import crop_to_box, mae, measure, psnr_db, ssim, ssim_map
+
+
+def peer_ssim(image: Tensor, reference: Tensor,
+              data_range: float = 1.0) -> tuple[float, np.ndarray]:
+    """Return scikit-image's mean and map for one (1, H, W) pair, in float64."""
+    return structural_similarity(
+        image[0].double().numpy(), reference[0].double().numpy(), data_range=data_range, full=True,
+        gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+
+
+def real_slices() -> Tensor:
+    """Return axial slices of a real head in [0, 1], (N, 1, 36, 44); nibabel ships the volume."""
+    volume = nib.load(data_path / "anatomical.nii").get_fdata()
+    scaled = (volume - volume.min()) / (volume.max() - volume.min())
+    slices = torch.from_numpy(scaled).float().permute(2, 0, 1)[:, None]
+    return torch.nn.functional.pad(slices[::4], (1, 2, 2, 1))
+
+
+def big_real_slices() -> Tensor:
+    """Return three of the real slices at 96 x 80, smooth as interpolated slices are."""
+    pairs = [resize(image[0].numpy(), (96, 80), order=3) for image in real_slices()[2:5]]
+    return torch.from_numpy(np.stack(pairs)).float()[:, None].clamp(0, 1)
+
+
+def random_slices(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noisy(images: Tensor, sd: float = 0.05) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    return (images + sd * noise).clamp(0, 1)
+
+
+def pairs() -> dict[str, tuple[Tensor, Tensor]]:
+    real, big = real_slices(), big_real_slices()
+    flat = torch.full((2, 1, 24, 31), 0.9)
+    half = flat.clone()
+    half[..., 15:] = 0.1
+    return {
+        "real": (noisy(real), real),
+        "real inverted": (1 - real, real),
+        "real against its neighbour": (real[1:], real[:-1]),
+        "real upscaled": (noisy(big, 0.02), big),
+        "random": (random_slices(3, 1, 40, 57), random_slices(3, 1, 40, 57, seed=1)),
+        "smallest": (random_slices(2, 1, 11, 11), random_slices(2, 1, 11, 11, seed=1)),
+        "constant": (flat, flat - 0.001),
+        "constant halves": (half, half.flip(3)),
+        "bright with faint noise": (0.99 + 1e-4 * noisy(flat), flat),
+    }
+
+
+CASES = list(pairs())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ssim_and_its_map_equal_scikit_images_to_1e_minus_5(case):
+    image, reference = pairs()[case]
+    found, found_map = ssim(image, reference), ssim_map(image, reference)
+    assert found.dtype == found_map.dtype == torch.float32
+    assert found.shape == (len(image),) and found_map.shape == image.shape
+    for row in range(len(image)):
+        wanted, wanted_map = peer_ssim(image[row], reference[row])
+        assert found[row].item() == pytest.approx(wanted, abs=1e-5)
+        np.testing.assert_allclose(found_map[row, 0], wanted_map, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masked_ssim_is_the_mean_of_scikit_images_full_map_over_the_mask(case):
+    image, reference = pairs()[case]
+    mask = random_slices(*image.shape, seed=2) > 0.6
+    mask[..., 0, 0] = True  # the map's border counts too
+    found = ssim(image, reference, mask)
+    for row in range(len(image)):
+        wanted = peer_ssim(image[row], reference[row])[1][mask[row, 0].numpy()].mean()
+        assert found[row].item() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_psnr_and_mae_equal_scikit_image_and_numpy(case):
+    image, reference = pairs()[case]
+    mask = random_slices(*image.shape, seed=2) > 0.6
+    for row in range(len(image)):
+        x, y = image[row].double().numpy(), reference[row].double().numpy()
+        inside = mask[row].numpy()
+        assert psnr_db(image, reference)[row].item() == pytest.approx(
+            peak_signal_noise_ratio(y, x, data_range=1), rel=1e-6)
+        assert psnr_db(image, reference, mask)[row].item() == pytest.approx(
+            -10 * math.log10(mean_squared_error(x[inside], y[inside])), rel=1e-6)
+        assert mae(image, reference)[row].item() == pytest.approx(abs(x - y).mean(), rel=1e-6)
+        assert mae(image, reference, mask)[row].item() == pytest.approx(
+            abs(x - y)[inside].mean(), rel=1e-6)
+
+
+def test_hand_computed_values():
+    reference = torch.zeros(1, 1, 12, 12)
+    image = torch.full_like(reference, 0.1)
+    assert psnr_db(image, reference).item() == pytest.approx(20)
+    assert mae(image, reference).item() == pytest.approx(0.1)
+    # No variance anywhere: SSIM is c1 / (0.1^2 + c1) with c1 = 0.01^2.
+    assert ssim(image, reference).item() == pytest.approx(1e-4 / (1e-2 + 1e-4), rel=1e-5)
+    mask = torch.zeros_like(reference).bool()
+    mask[..., :2] = True
+    image[..., 2:] = 1
+    assert psnr_db(image, reference, mask).item() == pytest.approx(20)
+    assert mae(image, reference, mask).item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("metric", [ssim, psnr_db, mae])
+def test_intensities_and_range_scaled_together_change_nothing(metric):
+    image, reference = noisy(real_slices()), real_slices()
+    torch.testing.assert_close(metric(255 * image, 255 * reference, data_range=255),
+                               metric(image, reference))
+
+
+def test_ssim_follows_scikit_image_for_another_data_range():
+    image, reference = noisy(real_slices()), real_slices()
+    wanted = peer_ssim(image[3], reference[3], data_range=2.0)[0]
+    assert ssim(image, reference, data_range=2.0)[3].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_identical_slices_have_ssim_1_mae_0_and_infinite_psnr():
+    images = real_slices()
+    assert (ssim(images, images) == 1).all() and (ssim_map(images, images) == 1).all()
+    assert (mae(images, images) == 0).all()
+    assert (psnr_db(images, images) == math.inf).all()
+
+
+def test_rows_are_measured_one_by_one():
+    image, reference = noisy(real_slices()), real_slices()
+    mask = reference > 0.1
+    rows = [r for r in range(len(image)) if mask[r].any()]
+    for metric in (ssim, psnr_db, mae):
+        together = metric(image[rows], reference[rows], mask[rows])
+        for place, row in enumerate(rows):
+            one = slice(row, row + 1)
+            torch.testing.assert_close(
+                metric(image[one], reference[one], mask[one]), together[place:place + 1])
+
+
+def test_half_precision_images_are_measured_in_full_precision():
+    image, reference = noisy(real_slices()).half(), real_slices().half()
+    for metric in (ssim, psnr_db, mae):
+        found = metric(image, reference)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, metric(image.float(), reference.float()))
+
+
+def test_autocast_does_not_change_a_measure():
+    image, reference = noisy(real_slices()), real_slices()
+    wanted = measure(image, reference, reference >= 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = measure(image, reference, reference >= 0)
+    for protocol, values in wanted.items():
+        for name, value in values.items():
+            assert torch.equal(found[protocol][name], value)
+
+
+def test_a_nan_shows_in_its_own_row_even_outside_the_mask():
+    image, reference = noisy(real_slices()[2:5]), real_slices()[2:5]
+    image[1, 0, 0, 0] = math.nan
+    mask = torch.zeros_like(image).bool()
+    mask[..., 20:, 20:] = True
+    for metric in (ssim, psnr_db, mae):
+        for given in (None, mask):
+            assert metric(image, reference, given).isnan().tolist() == [False, True, False]
+
+
+def test_the_box_is_cut_at_the_masks_first_and_last_pixels():
+    images = random_slices(2, 2, 30, 40)
+    mask = torch.zeros(2, 1, 30, 40).bool()
+    mask[0, 0, 3, 10] = mask[0, 0, 18, 4] = mask[0, 0, 9, 19] = True  # rows 3-18, columns 4-19
+    mask[1, 0, 14:, 24:] = True                                       # up to the last pixel
+    boxes = crop_to_box(images, mask, size=16)  # both boxes are 16 x 16: nothing to resize
+    torch.testing.assert_close(boxes[0], images[0, :, 3:19, 4:20])
+    torch.testing.assert_close(boxes[1], images[1, :, 14:, 24:])
+
+
+def test_a_box_is_resized_as_pillow_does_it_by_default_to_128_pixels():
+    images = big_real_slices()
+    mask = torch.zeros_like(images).bool()
+    mask[:, :, 8:88, 10:70] = True
+    up, down = crop_to_box(images, mask), crop_to_box(images, mask, size=32)
+    assert up.shape == (3, 1, 128, 128)
+    for row, image in enumerate(images):
+        box = Image.fromarray(image[0, 8:88, 10:70].numpy())
+        for found in (up, down):
+            wanted = box.resize(found.shape[2:], Image.Resampling.BILINEAR)
+            np.testing.assert_allclose(found[row, 0], np.asarray(wanted), atol=1e-5)
+
+
+def test_each_protocol_measures_what_it_says():
+    image, reference = noisy(real_slices()[1:6]), real_slices()[1:6]
+    mask = torch.zeros_like(reference).bool()
+    for row in range(5):
+        mask[row, :, 4 + row:30, 6:37 - row] = True
+    mask &= torch.from_numpy(ndimage.binary_fill_holes(reference[2, 0] > 0.15))
+    found = measure(image, reference, mask)
+    boxes = [crop_to_box(images, mask) for images in (image, reference)]
+    for name, metric in (("ssim", ssim), ("psnr_db", psnr_db), ("mae", mae)):
+        assert torch.equal(found["brain"][name], metric(image, reference, mask))
+        assert torch.equal(found["slice"][name], metric(image, reference))
+        assert torch.equal(found["box"][name], metric(*boxes))
+    assert {tuple(values) for values in found.values()} == {("ssim", "psnr_db", "mae")}
+    assert all(v.shape == (5,) for values in found.values() for v in values.values())
+
+
+def test_only_the_brain_protocol_ignores_the_background():
+    reference = real_slices()[2:5]
+    mask = torch.zeros_like(reference).bool()
+    mask[:, :, 14:22, 16:28] = True
+    image = torch.where(mask, reference, 1 - reference)
+    found = measure(image, reference, mask)
+    assert (found["brain"]["psnr_db"] == math.inf).all() and (found["brain"]["mae"] == 0).all()
+    assert (found["box"]["mae"] == 0).all()
+    assert (found["slice"]["mae"] > 0.1).all()
+
+
+def test_an_empty_mask_is_refused_with_its_rows():
+    images = random_slices(4, 1, 16, 16)
+    mask = torch.ones_like(images).bool()
+    mask[1] = mask[3] = False
+    for metric in (ssim, psnr_db, mae, measure):
+        with pytest.raises(ValueError, match="empty in rows 1, 3 of 4"):
+            metric(images, images, mask)
+    with pytest.raises(ValueError, match="empty in rows 1, 3 of 4"):
+        crop_to_box(images, mask)
+    with pytest.raises(ValueError, match="empty in row 1 of 2"):
+        mae(images[:2], images[:2], mask[:2])
+
+
+def test_arguments_that_do_not_fit_are_refused_with_both_values():
+    images = random_slices(2, 1, 16, 16)
+    for metric in (ssim, ssim_map, psnr_db, mae):
+        with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\).*\(1, 1, 16, 16\)"):
+            metric(images, images[:1])
+        with pytest.raises(ValueError, match="float32.*float64"):
+            metric(images, images.double())
+        with pytest.raises(ValueError, match="int32"):
+            metric(images.int(), images.int())
+        with pytest.raises(ValueError, match=r"\(2, 16, 16\)"):
+            metric(images[:, 0], images[:, 0])
+        with pytest.raises(ValueError, match="data_range is 0"):
+            metric(images, images, data_range=0)
+    for metric in (ssim, psnr_db, mae, measure):
+        with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\) torch.uint8.*torch.bool"):
+            metric(images, images, torch.ones_like(images).byte())
+        with pytest.raises(ValueError, match=r"\(1, 1, 16, 16\).*\(2, 1, 16, 16\)"):
+            metric(images, images, torch.ones(1, 1, 16, 16).bool())
+    with pytest.raises(ValueError, match="10 x 16.*11 x 11"):
+        ssim(images[:, :, :10], images[:, :, :10])
+
+
+def test_no_slices_give_no_numbers():
+    images = torch.zeros(0, 1, 16, 16)
+    found = measure(images, images, images.bool())
+    assert all(v.shape == (0,) for values in found.values() for v in values.values())
