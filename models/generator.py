@@ -42,7 +42,8 @@ class InstanceNorm(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         one = zero = None
         if features.device.type == "cpu":
-            # The kernel for channels_last takes the variance as E[x^2] - E[x]^2, which cancels.
+            # The CPU kernel for channels_last loses the variance of channels with a large mean
+            # (float32, mean 100, deviation 0.5: results off by 0.06).
             features = features.contiguous()
             # Wide weights make the CPU kernel keep wide statistics of half-precision features: as
             # good as a cast there and back, and 8 % of a bfloat16 generator step faster.

@@ -1,0 +1,118 @@
+"""The checkpoint format; the only place that calls `torch.load`.
+
+A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so that
+`torch.load(weights_only=True)` reads it. `last.pt` holds all that the next step depends on,
+`best.pt` what inference needs: nets, config and the preprocessing record, nothing outside the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.generator import ResnetGenerator
+
+FORMAT = "t1w-t2w-cyclegan"
+VERSION = 1
+INFERENCE_KEYS = ("format", "config", "preprocessing", "step", "epoch", "slices_seen", "ema", "best")
+RESUME_KEYS = INFERENCE_KEYS + ("generators", "discriminators", "optimizers", "schedulers", "scaler",
+                                "history", "sampler", "rng")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint: whole or not at all, and the one before stays as `NAME.previous.pt`.
+
+    Parameters
+    ----------
+    path : ends in `.pt`
+    state : has at least `INFERENCE_KEYS` except `format`, which is added
+    """
+    state = {"format": {"name": FORMAT, "version": VERSION}, **state}
+    missing = [key for key in INFERENCE_KEYS if key not in state]
+    assert not missing, f"checkpoint lacks {missing}"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            torch.save(state, out)
+            out.flush()
+            os.fsync(out.fileno())
+        if path.exists():
+            os.replace(path, previous(path))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def previous(path: Path) -> Path:
+    """Where `save` keeps the checkpoint before."""
+    return path.with_name(f"{path.stem}.previous.pt")
+
+
+def load(path: str | os.PathLike, *, resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Parameters
+    ----------
+    path : file
+    resume : ask for all that training needs, not only for what inference needs
+
+    Raises
+    ------
+    FileNotFoundError : no such file
+    ValueError : not a checkpoint of this program, of another version, damaged, or without what was
+        asked for
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes best.pt and last.pt into "
+                                "its --run folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        name, version = state["format"]["name"], state["format"]["version"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
+            AttributeError, IndexError):
+        raise ValueError(f"{path}: not a checkpoint of this program, or damaged; choose a best.pt or "
+                         "last.pt that train.py wrote") from None
+    if name != FORMAT or version != VERSION:
+        raise ValueError(f"{path}: checkpoint format {name} version {version}, this program reads "
+                         f"{FORMAT} version {VERSION}; train again or use the version that wrote it")
+    lacking = [key for key in (RESUME_KEYS if resume else INFERENCE_KEYS) if key not in state]
+    if lacking:
+        cure = "resume from last.pt" if resume else "train again"
+        raise ValueError(f"{path}: checkpoint lacks {', '.join(lacking)}; {cure}")
+    return state
+
+
+def load_generators(state: dict[str, Any],
+                    device: str | torch.device = "cpu") -> tuple[ResnetGenerator, ResnetGenerator]:
+    """Build the translators G and F of a checkpoint: the averaged nets, in evaluation mode.
+
+    Raises
+    ------
+    ValueError : the weights do not fit the nets that the config names
+    """
+    config = state["config"]
+    nets = []
+    for name in ("G", "F"):
+        net = ResnetGenerator(config["features"], config["blocks"], config["upsample"])
+        try:
+            net.load_state_dict(state["ema"][name])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"checkpoint's weights of {name} do not fit its config: "
+                             f"{str(error).splitlines()[0]}") from None
+        nets.append(net.to(device).eval().requires_grad_(False))
+    return nets[0], nets[1]
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """SHA-256 of a checkpoint file, for the records of what was made with it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
