@@ -39,7 +39,9 @@ def run(main: Callable[[list[str] | None], int]) -> int:
     ValueError and FileNotFoundError are the user's input (2), other operating system errors such as
     a full disk and interruptions are 1. Anything else is a fault of ours and keeps its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    for command in ("preprocess", "train", "evaluate", "translate"):  # not every library's chatter
+        logging.getLogger(command).setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _interrupt)
     if os.environ.get("TRACEBACK"):  # for developers
         return main(None)

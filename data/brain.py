@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,7 +138,9 @@ def _deepbet(device: str) -> Extractor:
         from deepbet.bet import BrainExtraction
     except ImportError as error:
         raise ValueError(f"brain extraction deepbet: {error}; pip install '.[deepbet]'") from None
-    network = BrainExtraction(no_gpu=device == "cpu")
+    with warnings.catch_warnings():  # torch.jit.load is deprecated, and that is deepbet's business
+        warnings.simplefilter("ignore", FutureWarning)
+        network = BrainExtraction(no_gpu=device == "cpu")
 
     def extract(volume: Volume) -> np.ndarray:
         image = nib.Nifti1Image(volume.data, volume.affine)

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -334,15 +333,19 @@ def python(program):
 
 def test_killed_midway_one_process_goes_on_to_the_bytes_two_workers_made(tree, tmp_path):
     folder = tmp_path / "killed"
-    process = python(
+    process = python(  # kills itself with a file half done: a kill from here could come too late
+        "import os, signal\n"
         "from data import simulate\n"
-        f"simulate.simulate_dataset({str(folder)!r}, 1, progress=False)"
+        "def replace(part, path, finish=os.replace):\n"
+        "    if path.name.endswith('WM_probseg.nii.gz'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    finish(part, path)\n"
+        "os.replace = replace\n"
+        f"simulate.simulate_dataset(simulate.Path({str(folder)!r}), 1, progress=False)"
     )
-    with process:
-        while not list(folder.rglob("*WM_probseg.nii.gz")) and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()
-    assert folder.exists() and not simulate.is_complete(folder, LABELS[0])
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert list(folder.rglob("*WM_probseg.nii.gz.part")) and list(folder.rglob("*_mask.nii.gz"))
     simulate.simulate_dataset(folder, 1, progress=False)
     expected = {n: b for n, b in content(tree).items() if LABELS[1] not in n}
     expected["participants.tsv"] = f"participant_id\n{LABELS[0]}\n".encode()
