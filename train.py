@@ -37,6 +37,7 @@ import console
 from data.augment import flip_left_right
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
 from data.store import SliceStore
+from device import PRECISIONS, autocast, choose_device, choose_precision
 from losses.adversarial import GAN_KINDS, discriminator_loss, generator_loss
 from losses.consistency import cycle_loss, identity_loss
 from losses.history import ImageHistory
@@ -125,7 +126,7 @@ HELP = {
     },
 }
 CHOICES = {"gan_loss": GAN_KINDS, "upsample": ("transpose", "nearest"),
-           "precision": ("auto", "fp32", "bf16", "fp16")}
+           "precision": PRECISIONS}
 
 
 def parse_args(argv: list[str] | None) -> tuple[TrainConfig, argparse.Namespace]:
@@ -206,38 +207,15 @@ def start_process(device: str) -> Process:
     """Join the group of torchrun, if there is one: NCCL on CUDA, gloo on CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if device not in ("auto", "cpu") and not device.startswith("cuda"):
-        raise ValueError(f"--device {device}: auto, cpu or cuda")
-    cuda = torch.cuda.is_available()
-    if device.startswith("cuda") and not cuda:
-        raise ValueError(f"--device {device}: no CUDA device here; take auto or cpu")
-    use_cuda = cuda and device != "cpu"
-    if use_cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"--nproc_per_node: process {local} has no GPU, there are "
-                         f"{torch.cuda.device_count()}; start fewer, or add --device cpu")
-    index = int(device.partition(":")[2] or local) if use_cuda and world == 1 else local
-    where = torch.device("cuda", index) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    where = choose_device(device, local)
+    if world > 1 and where.type == "cuda":
+        where = choose_device("cuda", local)  # one GPU a process, whatever number was named
+    if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.backends.cudnn.benchmark = True  # sizes never change
     if world > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return Process(rank, world, where)
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of the nets' arithmetic: what `--precision` says, or the fastest that holds."""
-    cuda = device.type == "cuda"
-    if wanted == "fp16" and not cuda:
-        raise ValueError("--precision fp16: needs a CUDA device (it underflows without its scaler); "
-                         "take bf16 or fp32")
-    if wanted != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
-    if cuda:  # cards before Ampere only emulate bf16
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    probes = [getattr(torch.cpu, name, lambda: False)
-              for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return torch.bfloat16 if any(probe() for probe in probes) else torch.float32
 
 
 # ------------------------------------------------------------------------------ nets and state
@@ -252,9 +230,10 @@ class Training:
         init_weights(nets, torch.Generator().manual_seed(config.seed))
         self.nets = nets.to(process.device)
         self.ema = EMA(self.nets, config.ema)
-        adam = {"lr": config.lr, "betas": config.betas, "fused": True}
-        self.optimizers = {"generators": torch.optim.Adam(nets.generators(), **adam),
-                           "discriminators": torch.optim.Adam(nets.discriminators(), **adam)}
+        self.optimizers = {
+            name: torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
+            for name, parameters in (("generators", nets.generators()),
+                                     ("discriminators", nets.discriminators()))}
 
         def factor(step: int) -> float:
             """Constant, then linearly to 0."""
@@ -285,8 +264,7 @@ class Training:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision for the nets' forward passes; the losses compute in float32."""
-        return torch.autocast(self.process.device.type, self.precision,
-                              enabled=self.precision != torch.float32)
+        return autocast(self.process.device, self.precision)
 
     def augment(self, real_x: Tensor, real_y: Tensor) -> tuple[Tensor, Tensor]:
         """Mirror at random; drawn from seed, step and rank, so a resumed run draws the same."""
@@ -705,7 +683,8 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
                 values = dict(zip(TERMS, terms.tolist()))
                 run_log.record("loss", t.step, values)
                 run_log.record("speed", t.step, {"pairs_per_s": rate, "waiting": waited / seconds})
-                run_log.record("schedule", t.step, {"lr": t.schedulers["generators"].get_last_lr()[0]})
+                run_log.record("schedule", t.step,
+                               {"lr": float(t.schedulers["generators"].get_last_lr()[0])})
                 line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 log.info("epoch %d/%d  step %d/%d  %.2f pairs/s  %s", epoch + 1, epochs, t.step,
                          last_step, rate, line)

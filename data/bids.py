@@ -192,3 +192,23 @@ def describe(root: Path, dataset: str) -> dict[str, Any]:
     text = text if isinstance(text, dict) else {}
     return {"dataset": dataset, "name": str(text.get("Name", "")), "snapshot": "",
             "doi": str(text.get("DatasetDOI", "")), "license": str(text.get("License", ""))}
+
+
+def subject_of(path: Path) -> Subject:
+    """The subject that a single file belongs to, by its name and folders, to look for its mask.
+
+    Raises
+    ------
+    ValueError : the name is not one of BIDS
+    """
+    scan = parse_name(path)
+    label = re.match(r"sub-([A-Za-z0-9+]+)_", path.name)
+    if scan is None or label is None:
+        raise ValueError(f"{path}: not named by the rules of BIDS (sub-01_T1w.nii.gz), so its mask cannot "
+                         "be found; choose another --brain-extraction")
+    session = re.search(r"_ses-([A-Za-z0-9+]+)_", path.name)
+    folder = path.resolve().parent
+    root = next((p.parent for p in (folder, *folder.parents) if p.name == f"sub-{label.group(1)}"),
+                folder)
+    return Subject(dataset_name(root), label.group(1), session.group(1) if session else "", root,
+                   path, path)

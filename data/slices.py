@@ -7,7 +7,7 @@ so a resumed run, or one on another number of processes, knows at once where it 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -60,7 +60,7 @@ class UnpairedBatches:
         return x, y
 
     def batches(self, epoch: int, first_step: int = 0,
-                workers: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+                workers: int = 1) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield real_x, real_y, each (N, 1, H, W) float32 in [-1, 1], from `first_step` to the end.
 
         Parameters

@@ -1,0 +1,39 @@
+# make demo   simulated subjects -> slices -> short training -> report and a translated volume
+# make test   the tests
+# make lint   flake8 and mypy
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+DEMO := runs/demo
+
+.PHONY: demo test lint install
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+# "." installs the dependencies in setup.cfg and no package: the scripts run from the checkout.
+$(INSTALLED): setup.cfg pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --no-input ".[all,test]"
+	rm -rf build *.egg-info
+	touch $@
+
+demo: $(INSTALLED)
+	$(RUN) preprocess.py --simulate 10 --seed 0 --size 96 --spacing 2 --downloads $(DEMO) --out $(DEMO)/slices
+	$(RUN) train.py --slices $(DEMO)/slices --run $(DEMO)/model --seed 0 --features 24 --blocks 4 \
+	  --steps-per-epoch 200 --epochs 6 --epochs-decay 4
+	$(RUN) evaluate.py --ckpt $(DEMO)/model/best.pt --slices $(DEMO)/slices --out $(DEMO)/evaluation
+	$(RUN) translate.py --ckpt $(DEMO)/model/best.pt --out $(DEMO)/translated \
+	  $(DEMO)/simulated-seed0/sub-sim001/anat/sub-sim001_T1w.nii.gz
+	@echo
+	@echo "report      $(DEMO)/evaluation/report.html"
+	@echo "volume      $(DEMO)/translated/sub-sim001_desc-synthetic_T2w.nii.gz"
+	@echo "TensorBoard $(VENV)/bin/tensorboard --logdir $(DEMO)/model/tensorboard"
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+lint: $(INSTALLED)
+	$(RUN) -m flake8
+	$(RUN) -m mypy

@@ -1,0 +1,114 @@
+"""Pictures of slices and figures of results, as PNG bytes; drawn off screen."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Example:
+    """One slice to show: all (H, W) float in [0, 1].
+
+    Attributes
+    ----------
+    title : what makes it worth a look
+    source, translated, real : slices
+    mask : (H, W) bool, the brain
+    caption : figures of the slice
+    """
+
+    title: str
+    source: np.ndarray
+    translated: np.ndarray
+    real: np.ndarray
+    mask: np.ndarray
+    caption: str
+
+
+def examples(chosen: Sequence[Example], source_name: str, target_name: str) -> bytes:
+    """Draw examples in rows: input, translated, real and the error inside the brain (0 to 0.5)."""
+    figure = Figure(figsize=(9.6, 2.55 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), 4, squeeze=False)
+    names = (f"{source_name} (input)", f"{target_name} translated", f"{target_name} real",
+             "absolute error")
+    for row, example in zip(axes, chosen):
+        error = np.where(example.mask, np.abs(example.translated - example.real), 0)
+        for axis, picture, name in zip(row, (example.source, example.translated, example.real), names):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(name, fontsize=9)
+        shown = row[3].imshow(error, cmap="inferno", vmin=0, vmax=0.5, interpolation="nearest")
+        row[3].set_title(names[3], fontsize=9)
+        figure.colorbar(shown, ax=row[3], fraction=0.046)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(example.title, fontsize=9)
+        row[1].set_xlabel(example.caption, fontsize=8)
+    return _png(figure)
+
+
+def subject_plot(values: Mapping[str, Mapping[str, Sequence[float]]], labels: Sequence[str],
+                 unit: str) -> bytes:
+    """Draw each subject's figure for the model and for the floor, a panel a direction.
+
+    Parameters
+    ----------
+    values : direction to {"model": one value a subject, "floor": the same}
+    labels : the subjects' ids
+    unit : of the vertical axis
+    """
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    for axis, (direction, series) in zip(figure.subplots(1, len(values), squeeze=False)[0],
+                                         values.items()):
+        places = np.arange(len(labels))
+        axis.plot(places, series["model"], "o", label="translated")
+        axis.plot(places, series["floor"], "x", label="copied input (floor)")
+        axis.vlines(places, series["floor"], series["model"], linewidth=0.6)
+        axis.set_title(direction, fontsize=10)
+        axis.set_ylabel(unit)
+        # many names would print over each other
+        step = max(1, len(labels) // 12)
+        axis.set_xticks(places[::step], [labels[i] for i in places[::step]], rotation=30,
+                        ha="right", fontsize=7)
+        axis.legend(fontsize=8)
+    return _png(figure)
+
+
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
+    """Draw subjects in rows: T1w with the mask's outline, T2w, and a checkerboard of both.
+
+    Parameters
+    ----------
+    rows : (caption, t1w, t2w, mask), each of n slices (n, H, W) in [0, 1] (mask bool)
+    """
+    figure = Figure(figsize=(12, 0.3 + 1.45 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (caption, t1w, t2w, mask) in zip(axes, rows):
+        parts = [np.concatenate(list(part), axis=1) for part in (t1w, t2w, checkerboard(t1w, t2w))]
+        axis.imshow(np.concatenate(parts, axis=1), cmap="gray", vmin=0, vmax=1,
+                    interpolation="nearest")
+        axis.contour(np.concatenate(list(mask), axis=1), levels=[0.5], colors="tab:red",
+                     linewidths=0.5)
+        axis.set_title(caption, fontsize=8, loc="left")
+        axis.set_axis_off()
+    return _png(figure, dots_per_inch=130)
+
+
+def checkerboard(first: np.ndarray, second: np.ndarray, tile: int = 16) -> np.ndarray:
+    """(n, H, W) of alternating tiles of two stacks: edges run on where the two are aligned."""
+    height, width = np.indices(first.shape[1:])
+    return np.where((height // tile + width // tile) % 2 == 0, first, second)
+
+
+def _png(figure: Figure, dots_per_inch: int = 100) -> bytes:
+    """Render without a window; no program name inside, so equal figures are equal bytes."""
+    out = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(out, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    return out.getvalue()
