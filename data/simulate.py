@@ -1,13 +1,11 @@
-"""Simulated T1w and T2w subjects: MR signal equations over warped tissue maps, written as BIDS.
+"""Simulated T1w and T2w subjects: random heads imaged by signal equations, written as BIDS.
 
-Owns everything between the ICBM 152 tissue maps that nilearn ships inside its package (nothing is
-downloaded) and a BIDS tree of NIfTI files. Owns no preprocessing: the tree goes through the same
-pipeline as real scans. A simulated subject is for trying and testing the programs; it has no
-skull, no vessels and no lesions, so it says nothing about how well a net does on people.
+Owns everything between heads (`data/anatomy.py`), signals (`data/sequences.py`) and a BIDS tree of
+NIfTI files. Owns no preprocessing: the tree goes through the same pipeline as real scans. A
+simulated subject is for trying and testing the programs; it has no skull, no vessels and no
+lesions, so it says nothing about how well a net does on people.
 
-Lengths are mm, times ms (seconds in the BIDS sidecars), angles degrees; world axes are RAS. Read
-from top to bottom it goes: shapes of the data, signal equations, random draws, from head to
-voxels, one subject, files.
+Lengths are mm, world axes RAS.
 """
 
 from __future__ import annotations
@@ -17,9 +15,7 @@ import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from importlib.util import find_spec
-from itertools import product
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -31,19 +27,17 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+from data.anatomy import (Anatomy, TissueMaps, draw_anatomy, load_tissue_maps, require_nilearn,
+                          sample, smooth_noise, tissue_fractions, transform, warp, warped_brain)
+from data.sequences import (TISSUES, Sequence, draw_fast_spin_echo, draw_mprage, mix_signals,
+                            rician_magnitude)
+
 SIMULATOR = "data/simulate.py"
 VERSION = "1"  # raise it whenever the same seed would give other voxels
-TISSUES = ("GM", "WM", "CSF")
-LATTICE_MM = 3.0  # smooth fields (displacement, folding, texture) are kept on a lattice this fine
-MINIMUM_JACOBIAN = 0.1
 AXES = {
     "R": (1, 0, 0), "A": (0, 1, 0), "S": (0, 0, 1),
     "L": (-1, 0, 0), "P": (0, -1, 0), "I": (0, 0, -1),
-}  # fmt: skip
-
-# Gaussian width and root mean square (mm, each axis) of the random velocity fields that make up a
-# warp: whole lobes, gyri, and the wiggle of a single sulcus.
-WARP_SCALES_MM = ((35.0, 3.5), (14.0, 1.3), (6.0, 0.9))
+}
 
 TEMPLATE_NOTICE = (
     "Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological "
@@ -65,113 +59,6 @@ truth: brain mask, tissue shares, and the rigid transform between the two scans.
 
 The template's notice: {TEMPLATE_NOTICE}
 """
-
-Values = float | np.ndarray
-
-
-@dataclass(frozen=True)
-class TissueMaps:
-    """Tissue probabilities of the template head.
-
-    Attributes
-    ----------
-    grey, white : (I, J, K) float32 in [0, 1]; what they leave of 1 is cerebrospinal fluid.
-    brain : (I, J, K) float32 in [0, 1], blurred brain mask; the brain is where it exceeds 0.5.
-    origin_mm : (3,) RAS position of voxel (0, 0, 0).
-    spacing_mm : edge of a voxel; axes i, j, k run along R, A, S.
-    """
-
-    grey: np.ndarray
-    white: np.ndarray
-    brain: np.ndarray
-    origin_mm: np.ndarray
-    spacing_mm: float
-
-
-@dataclass(frozen=True)
-class Tissue:
-    """Relaxation times (ms) and water density (1 = pure water) of one tissue at 3 T."""
-
-    t1_ms: float
-    t2_ms: float
-    proton_density: float
-
-
-@dataclass(frozen=True)
-class Mprage:
-    """One MPRAGE protocol (times in ms, angle in degrees); TI is to the middle of the train."""
-
-    repetition_ms: float
-    inversion_ms: float
-    echo_ms: float
-    echo_spacing_ms: float
-    n_excitations: int
-    flip_deg: float
-    inversion_efficiency: float = 0.96
-
-    def sidecar(self) -> dict[str, Any]:
-        """Return the BIDS fields (seconds)."""
-        return {
-            "PulseSequenceType": "MPRAGE",
-            "MRAcquisitionType": "3D",
-            "RepetitionTime": self.repetition_ms / 1000,
-            "RepetitionTimePreparation": self.repetition_ms / 1000,
-            "RepetitionTimeExcitation": self.echo_spacing_ms / 1000,
-            "InversionTime": self.inversion_ms / 1000,
-            "EchoTime": self.echo_ms / 1000,
-            "FlipAngle": self.flip_deg,
-            "NumberShots": self.n_excitations,
-        }
-
-
-@dataclass(frozen=True)
-class FastSpinEcho:
-    """One fast spin-echo protocol (times in ms); `echo_ms` is the effective echo time."""
-
-    repetition_ms: float
-    echo_ms: float
-    echo_spacing_ms: float
-    train_length: int
-
-    def sidecar(self) -> dict[str, Any]:
-        """Return the BIDS fields (seconds)."""
-        return {
-            "PulseSequenceType": "Fast spin echo",
-            "MRAcquisitionType": "2D",
-            "RepetitionTime": self.repetition_ms / 1000,
-            "EchoTime": self.echo_ms / 1000,
-            "EchoTrainLength": self.train_length,
-            "FlipAngle": 90,
-        }
-
-
-Sequence = Mprage | FastSpinEcho
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """One subject's head, as smooth fields over the template.
-
-    A head point x (RAS mm) lies at z = `head_to_template` x, and shows the template's tissue at
-    z + displacement(z). Fields are (C, i, j, k) float32 over the template's box, `LATTICE_MM`
-    apart.
-
-    Attributes
-    ----------
-    head_to_template : (4, 4) affine: size, proportions, pose.
-    displacement_mm : 3 components; the map z -> z + displacement keeps a positive Jacobian.
-    folding : 2 log weights, of white matter and of fluid, that vary gyri and sulci.
-    texture : 2 relative changes, of T1 and of T2.
-    tissues : the subject's Tissue by name (`TISSUES`).
-    fluid_weight : how wide this subject's fluid spaces are (1 = as in the template).
-    """
-
-    head_to_template: np.ndarray
-    displacement_mm: np.ndarray
-    folding: np.ndarray
-    texture: np.ndarray
-    tissues: dict[str, Tissue]
-    fluid_weight: float
 
 
 @dataclass(frozen=True)
@@ -235,290 +122,6 @@ class Subject:
     t2w: Scan
 
 
-@lru_cache(maxsize=1)
-def load_tissue_maps() -> TissueMaps:
-    """Read the ICBM 152 (2009a, nonlinear symmetric) tissue maps that nilearn carries.
-
-    Returns
-    -------
-    maps : TissueMaps at 1 mm, cut to the brain with a 10 mm margin.
-
-    Raises
-    ------
-    ValueError : nilearn is not installed.
-    """
-    require_nilearn()
-    from nilearn import datasets  # optional extra, and slow to import: only where needed
-
-    grey_image = datasets.load_mni152_gm_template(resolution=1)
-    white_image = datasets.load_mni152_wm_template(resolution=1)
-    mask_image = datasets.load_mni152_brain_mask(resolution=1)
-    margin = 10
-    # The template ends in the middle of the brain stem. Tissue goes on beyond (an edge of fluid
-    # would shine on T2w); the brain does not.
-    grey, white = (
-        np.pad(np.asarray(image.dataobj, np.float32), margin, mode="edge")
-        for image in (grey_image, white_image)
-    )
-    mask = ndimage.binary_fill_holes(np.pad(np.asarray(mask_image.dataobj) > 0, margin))
-    (extent,) = ndimage.find_objects(mask.astype(np.uint8))
-    box = tuple(slice(axis.start - margin, axis.stop + margin) for axis in extent)
-    corner = np.array([axis.start - margin for axis in box])
-    return TissueMaps(
-        grey=grey[box].copy(),
-        white=white[box].copy(),
-        brain=ndimage.gaussian_filter(mask[box].astype(np.float32), 1.0),
-        origin_mm=grey_image.affine[:3, 3] + corner,
-        spacing_mm=1.0,
-    )
-
-
-def require_nilearn() -> None:
-    """Raise ValueError where the optional extra with the tissue maps is not installed."""
-    if find_spec("nilearn") is None:
-        raise ValueError(
-            "nilearn is missing, which carries the tissue maps of simulated subjects. "
-            "Install it with: pip install '.[simulate]'"
-        )
-
-
-# Signal equations
-
-
-def mprage_signal(proton_density: Values, t1_ms: Values, sequence: Mprage) -> np.ndarray:
-    """Signal of MPRAGE at the middle of its readout train, in the steady state.
-
-    An inversion, a wait, `n_excitations` spoiled small-angle pulses, a wait; repeated until the
-    longitudinal magnetisation before the inversion no longer changes. The equations are those of
-    Marques et al. 2010 (NeuroImage 49:1271, appendix on MP2RAGE) with one readout train instead of
-    two. Decay during TE is left out: at 3 T the T2* of grey and white matter nearly agree
-    (Wansapura et al. 1999), so that at a TE of 2-3 ms it is a common factor.
-
-    Parameters
-    ----------
-    proton_density : number or array, 1 = pure water.
-    t1_ms : number or array of the same shape.
-
-    Returns
-    -------
-    signal : array, relative to pure water's full magnetisation; negative before the null point.
-    """
-    n, spacing = sequence.n_excitations, sequence.echo_spacing_ms
-    wait_before_ms = sequence.inversion_ms - n * spacing / 2
-    wait_after_ms = sequence.repetition_ms - sequence.inversion_ms - n * spacing / 2
-    flip = np.deg2rad(sequence.flip_deg)
-    before, after, pulse = (
-        np.exp(-t / np.asarray(t1_ms)) for t in (wait_before_ms, wait_after_ms, spacing)
-    )
-    kept = np.cos(flip) * pulse  # share of the longitudinal magnetisation left by one pulse
-    driven = (1 - pulse) / (1 - kept)  # what endless pulses would drive it to
-    train, half = kept**n, kept ** (n / 2)
-    efficiency = sequence.inversion_efficiency
-    steady = ((1 - before) * train + driven * (1 - train)) * after + 1 - after
-    steady = steady / (1 + efficiency * before * train * after)
-    middle = (1 - before - efficiency * steady * before) * half + driven * (1 - half)
-    return proton_density * np.sin(flip) * middle
-
-
-def fast_spin_echo_signal(
-    proton_density: Values, t1_ms: Values, t2_ms: Values, sequence: FastSpinEcho
-) -> np.ndarray:
-    """Signal of a fast spin echo (RARE) at its effective echo time.
-
-    PD (1 - exp(-(TR - ETL ESP) / T1)) exp(-TE / T2): Bloch's equations with a 90 degree excitation
-    and ideal 180 degree refocusing (Hennig et al. 1986, Magn Reson Med 3:823, for the sequence).
-    Recovery counts from the end of the echo train only, because each refocusing pulse inverts what
-    had recovered. With one echo of spacing 0 it is the spin-echo equation of the textbooks.
-
-    Parameters
-    ----------
-    proton_density, t1_ms, t2_ms : numbers or arrays of one shape.
-
-    Returns
-    -------
-    signal : array, relative to pure water's full magnetisation.
-    """
-    recovery_ms = sequence.repetition_ms - sequence.train_length * sequence.echo_spacing_ms
-    recovered = 1 - np.exp(-recovery_ms / np.asarray(t1_ms))
-    return proton_density * recovered * np.exp(-sequence.echo_ms / np.asarray(t2_ms))
-
-
-def rician_magnitude(signal: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Return |signal + complex Gaussian noise|, noise SD `sigma` in each of the two channels.
-
-    The magnitude then has the Rice distribution (Gudbjartsson & Patz 1995, Magn Reson Med 34:910).
-    """
-    real = signal + sigma * rng.standard_normal(signal.shape, dtype=np.float32)
-    imaginary = sigma * rng.standard_normal(signal.shape, dtype=np.float32)
-    return np.hypot(real, imaginary)
-
-
-# Random draws: tissue, protocol, anatomy
-
-
-def draw_tissues(rng: np.random.Generator) -> dict[str, Tissue]:
-    """Draw one subject's tissue values at 3 T.
-
-    Published values differ by method more than people do, T1 and T2 in opposite directions, so one
-    number places grey and white matter together between Wansapura et al. 1999 (JMRI 9:531: white
-    832 / 79.6, grey 1331 / 110; T1 / T2 in ms) and Stanisz et al. 2005 (Magn Reson Med 54:507:
-    white 1084 / 69, grey 1820 / 99), inside the spread that Bojorquez et al. 2017 (Magn Reson
-    Imaging 35:69) review; people scatter by 2 % around it. Fluid: T1 from 3817 (Lu et al. 2005,
-    JMRI 22:13) to 4300 ms, T2 from 1790 to 2030 ms (both quoted from Spijkerman et al. 2017,
-    MAGMA 31:415). Water densities: Gasparovic et al. 2006 (Magn Reson Med 55:1219).
-    """
-    method = rng.uniform()
-    scatter = 1 + 0.02 * np.clip(rng.standard_normal((3, 2)), -2, 2)
-    between = partial(np.interp, method, (0.0, 1.0))
-    relaxation_ms = scatter * np.array(
-        [
-            [between((1331.0, 1820.0)), between((110.0, 99.0))],
-            [between((832.0, 1084.0)), between((79.6, 69.0))],
-            [rng.uniform(3817.0, 4300.0), rng.uniform(1790.0, 2030.0)],
-        ]
-    )
-    water = (0.78, 0.65, 0.97)
-    return {
-        name: Tissue(float(t1), float(t2), density)
-        for name, (t1, t2), density in zip(TISSUES, relaxation_ms, water)
-    }
-
-
-def draw_mprage(rng: np.random.Generator) -> Mprage:
-    """Draw an MPRAGE protocol near those usual at 3 T."""
-    return Mprage(
-        repetition_ms=float(rng.choice([1900.0, 2000.0, 2300.0, 2400.0])),
-        inversion_ms=float(rng.choice([850.0, 900.0, 950.0])),
-        echo_ms=float(round(rng.uniform(2.2, 3.5), 2)),
-        echo_spacing_ms=float(round(rng.uniform(6.5, 7.6), 1)),
-        n_excitations=int(rng.choice([160, 176, 192])),
-        flip_deg=float(rng.choice([8.0, 9.0, 10.0])),
-    )
-
-
-def draw_fast_spin_echo(rng: np.random.Generator) -> FastSpinEcho:
-    """Draw a T2-weighted fast spin-echo protocol near those usual at 3 T."""
-    train_length = int(rng.choice([9, 11, 13, 15]))
-    spacing_ms = float(round(rng.uniform(9.0, 12.0), 1))
-    echo = round(rng.uniform(84.0, 108.0) / spacing_ms)  # k-space centre falls on one echo
-    return FastSpinEcho(
-        repetition_ms=float(rng.integers(36, 61) * 100),
-        echo_ms=round(min(echo, train_length) * spacing_ms, 1),
-        echo_spacing_ms=spacing_ms,
-        train_length=train_length,
-    )
-
-
-def smooth_noise(
-    rng: np.random.Generator, shape: tuple[int, ...], sigma_voxels: float
-) -> np.ndarray:
-    """Return Gaussian-smoothed white noise, float32, mean 0 and root mean square 1 over `shape`."""
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    noise = ndimage.gaussian_filter(noise, sigma_voxels, mode="reflect", truncate=3.0)
-    noise -= noise.mean()
-    return noise / np.sqrt(np.mean(np.square(noise)))
-
-
-def integrate_velocity(velocity: np.ndarray, n_squarings: int = 6) -> np.ndarray:
-    """Follow a stationary velocity field for unit time: scaling and squaring.
-
-    Arsigny et al. 2006 (MICCAI, LNCS 4190:924): the end points form a diffeomorphism, so that
-    large smooth displacements do not fold.
-
-    Parameters
-    ----------
-    velocity : (3, I, J, K) float32, in voxels of its own lattice.
-
-    Returns
-    -------
-    displacement : (3, I, J, K) float32, in voxels.
-    """
-    here = np.indices(velocity.shape[1:], dtype=np.float32)
-    displacement = velocity / 2**n_squarings
-    for _ in range(n_squarings):
-        there = here + displacement
-        displacement = displacement + sample(displacement, there.reshape(3, -1)).reshape(here.shape)
-    return displacement
-
-
-def jacobian_determinant(displacement: np.ndarray) -> np.ndarray:
-    """Return the volume change of x -> x + displacement(x), both in voxels: (I, J, K) float32."""
-    d = [np.gradient(component) for component in displacement]
-    return (
-        (1 + d[0][0]) * ((1 + d[1][1]) * (1 + d[2][2]) - d[1][2] * d[2][1])
-        - d[0][1] * (d[1][0] * (1 + d[2][2]) - d[1][2] * d[2][0])
-        + d[0][2] * (d[1][0] * d[2][1] - (1 + d[1][1]) * d[2][0])
-    )
-
-
-def draw_displacement(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw a subject's warp: (3, I, J, K) float32 in mm on the lattice, Jacobian positive."""
-    velocity = np.zeros((3, *shape), np.float32)
-    for width_mm, size_mm in WARP_SCALES_MM:
-        for component in velocity:
-            component += (size_mm / LATTICE_MM) * smooth_noise(rng, shape, width_mm / LATTICE_MM)
-    displacement = integrate_velocity(velocity)
-    while jacobian_determinant(displacement).min() < MINIMUM_JACOBIAN:
-        velocity *= np.float32(0.9)
-        displacement = integrate_velocity(velocity)
-    return displacement * np.float32(LATTICE_MM)
-
-
-def draw_head_pose(
-    rng: np.random.Generator, warped_ml: float, centre_mm: np.ndarray
-) -> np.ndarray:
-    """Draw size, proportions and pose of a head: (4, 4) affine, head to template, RAS mm.
-
-    The brain volume is normal around 1350 ml (SD 120) and kept in 1120-1680 ml: the template's
-    own 1880 ml is larger than almost any adult brain.
-
-    Parameters
-    ----------
-    warped_ml, centre_mm : volume and centre of the warped brain, before scaling.
-    """
-    target_ml = float(np.clip(rng.normal(1350.0, 120.0), 1120.0, 1680.0))
-    proportions = np.exp(np.clip(rng.normal(0.0, 0.03, 3), -0.06, 0.06))
-    proportions *= np.cbrt(warped_ml / target_ml / np.prod(proportions))
-    tilt = Rotation.from_euler("xyz", rng.uniform(-6.0, 6.0, 3), degrees=True).as_matrix()
-    offset_mm = rng.uniform(-12.0, 12.0, 3)
-    linear = proportions[:, None] * tilt
-    affine = np.eye(4)
-    affine[:3, :3] = linear
-    affine[:3, 3] = centre_mm - (linear * offset_mm).sum(axis=1)
-    return affine
-
-
-def draw_anatomy(maps: TissueMaps, rng: np.random.Generator) -> Anatomy:
-    """Draw one subject's head over the template (see Anatomy)."""
-    extent_mm = maps.spacing_mm * (np.array(maps.brain.shape) - 1)
-    shape = tuple(int(n) for n in np.ceil(extent_mm / LATTICE_MM) + 1)
-    displacement_mm = draw_displacement(rng, shape)
-    brain_mm = warped_brain(maps, displacement_mm)
-    brain_ml = brain_mm.shape[1] * LATTICE_MM**3 / 1000
-    folding = [0.7 * smooth_noise(rng, shape, 3.0 / LATTICE_MM) for _ in range(2)]
-    texture = [
-        0.02 * smooth_noise(rng, shape, 12.0 / LATTICE_MM)
-        + 0.02 * smooth_noise(rng, shape, 3.0 / LATTICE_MM)
-        for _ in range(2)
-    ]
-    return Anatomy(
-        head_to_template=draw_head_pose(rng, brain_ml, brain_mm.mean(axis=1)),
-        displacement_mm=displacement_mm,
-        folding=np.stack(folding),
-        texture=np.clip(np.stack(texture), -0.08, 0.08),
-        tissues=draw_tissues(rng),
-        fluid_weight=float(np.exp(rng.uniform(-0.3, 0.9))),
-    )
-
-
-def warped_brain(maps: TissueMaps, displacement_mm: np.ndarray) -> np.ndarray:
-    """Return the lattice points z whose z + displacement is brain: (3, N) RAS mm."""
-    lattice_mm = LATTICE_MM * np.indices(displacement_mm.shape[1:]).reshape(3, -1)
-    voxels = (lattice_mm + displacement_mm.reshape(3, -1)) / maps.spacing_mm
-    inside = sample(maps.brain[None], voxels)[0] > 0.5
-    return maps.origin_mm[:, None] + lattice_mm[:, inside]
-
-
 def draw_motion(rng: np.random.Generator, centre_mm: np.ndarray) -> Motion:
     """Draw how a head moved between two scans: 0.5-4 mm and 0.3-4 degrees, any direction."""
     directions = rng.standard_normal((2, 3))
@@ -551,98 +154,6 @@ def draw_grid(
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
 
 
-# Continuous fields and volumes
-
-
-def sample(fields: np.ndarray, points: np.ndarray, block: int = 1 << 16) -> np.ndarray:
-    """Interpolate fields linearly; beyond their edge they go on unchanged.
-
-    The same as scipy's `map_coordinates(order=1, mode="nearest")` for each field, but three to
-    four times as fast, which is most of the time of a subject: the weights are made once for all
-    fields, a block of points at a time so that they stay in the processor's cache.
-
-    Parameters
-    ----------
-    fields : (C, I, J, K) float32.
-    points : (3, N) positions in voxels.
-
-    Returns
-    -------
-    values : (C, N) float32.
-    """
-    flat, last = fields.reshape(len(fields), -1), np.array(fields.shape[1:])[:, None] - 1
-    stride_i, stride_j = fields.shape[2] * fields.shape[3], fields.shape[3]
-    values = np.zeros((len(fields), points.shape[1]), np.float32)
-    for start in range(0, points.shape[1], block):
-        place = np.clip(points[:, start : start + block], 0, last)
-        corner = np.minimum(place.astype(np.int64), last - 1)
-        upper = (place - corner).astype(np.float32)
-        lower = 1 - upper
-        first = corner[0] * stride_i + corner[1] * stride_j + corner[2]
-        out = values[:, start : start + block]
-        for di, dj, dk in product((0, 1), repeat=3):
-            weight = (upper if di else lower)[0] * (upper if dj else lower)[1]
-            weight = weight * (upper if dk else lower)[2]
-            index = first + (di * stride_i + dj * stride_j + dk)
-            for field, total in zip(flat, out):
-                total += weight * field.take(index)
-    return values
-
-
-def transform(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Apply a (4, 4) affine to (3, N) points."""
-    # Written out, not a matrix product: BLAS may round differently with another thread count.
-    x, y, z = points
-    return np.stack([row[0] * x + row[1] * y + row[2] * z + row[3] for row in affine[:3]])
-
-
-def warp(anatomy: Anatomy, maps: TissueMaps, head_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find where head points fall: on the fields' lattice and in the template's maps.
-
-    Parameters
-    ----------
-    head_mm : (3, N) points of the head (world of the T1w scan), RAS mm.
-
-    Returns
-    -------
-    lattice, voxels : (3, N) positions in voxels of the lattice and of the maps.
-    """
-    template_mm = transform(anatomy.head_to_template, head_mm) - maps.origin_mm[:, None]
-    lattice = template_mm / LATTICE_MM
-    voxels = (template_mm + sample(anatomy.displacement_mm, lattice)) / maps.spacing_mm
-    return lattice, voxels
-
-
-def tissue_fractions(
-    anatomy: Anatomy, maps: TissueMaps, lattice: np.ndarray, voxels: np.ndarray
-) -> np.ndarray:
-    """Return the share of grey, white and fluid at points of a subject's head.
-
-    The template's maps are averages over 152 people, hence blurred. Squaring and renormalising
-    them (the softmax of twice the log probability) sharpens borders while it leaves half-and-half
-    voxels, such as the thalamus, as they are; smooth random weights then shift the borders, so
-    that each subject has sulci and gyri of its own.
-
-    Parameters
-    ----------
-    lattice, voxels : (3, N), from `warp`.
-
-    Returns
-    -------
-    fractions : (3, N) float32 in [0, 1], summing to 1 over `TISSUES`.
-    """
-    grey, white = sample(np.stack([maps.grey, maps.white]), voxels)
-    white_weight, fluid_weight = np.exp(sample(anatomy.folding, lattice))
-    weights = np.stack(
-        [
-            np.square(grey),
-            np.square(white) * white_weight,
-            np.square(np.maximum(1 - grey - white, 0)) * (fluid_weight * anatomy.fluid_weight),
-        ]
-    )
-    return weights / weights.sum(axis=0)
-
-
 def brain_on_grid(
     anatomy: Anatomy, maps: TissueMaps, grid: Grid, grid_to_head: np.ndarray
 ) -> np.ndarray:
@@ -672,31 +183,6 @@ def slice_profile(thickness_mm: float) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.linspace(-0.6, 0.6, n_samples) if n_samples > 1 else np.zeros(1)
     weights = np.exp(-4 * np.log(2) * np.square(offsets))
     return offsets, weights / weights.sum()
-
-
-def mix_signals(
-    fractions: np.ndarray, texture: np.ndarray, tissues: dict[str, Tissue], sequence: Sequence
-) -> np.ndarray:
-    """Add the signals of the tissues in each voxel, each by its share of the voxel.
-
-    Parameters
-    ----------
-    fractions : (3, N) shares in the order of `TISSUES`.
-    texture : (2, N) relative changes of T1 and of T2; fluid has none.
-
-    Returns
-    -------
-    signal : (N,) float32, signed.
-    """
-    signal = np.zeros(fractions.shape[1], np.float32)
-    for name, share in zip(TISSUES, fractions):
-        tissue, (more_t1, more_t2) = tissues[name], texture * np.float32(name != "CSF")
-        t1_ms, t2_ms = tissue.t1_ms * (1 + more_t1), tissue.t2_ms * (1 + more_t2)
-        if isinstance(sequence, Mprage):
-            signal += share * mprage_signal(tissue.proton_density, t1_ms, sequence)
-        else:
-            signal += share * fast_spin_echo_signal(tissue.proton_density, t1_ms, t2_ms, sequence)
-    return signal
 
 
 def image_brain(
@@ -787,9 +273,6 @@ def simulate_subject(maps: TissueMaps, seed: int, number: int) -> Subject:
     spin_echo = draw_fast_spin_echo(t2w_rng)
     t2w = simulate_scan(anatomy, maps, t2w_grid, motion.t2w_to_t1w, spin_echo, t2w_rng)
     return Subject(anatomy, motion, t1w, t2w)
-
-
-# Files
 
 
 def simulate_dataset(

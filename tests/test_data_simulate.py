@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -19,11 +18,11 @@ from scipy import ndimage
 
 pytest.importorskip("nilearn")
 
-from data import simulate  # noqa: E402
+from data import anatomy, sequences, simulate  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LABELS = ("sub-sim001", "sub-sim002")
-MPRAGE = simulate.Mprage(
+MPRAGE = sequences.Mprage(
     repetition_ms=2300.0, inversion_ms=900.0, echo_ms=2.5, echo_spacing_ms=7.0,
     n_excitations=176, flip_deg=8.0,
 )  # fmt: skip
@@ -37,7 +36,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def maps():
-    return simulate.load_tissue_maps()
+    return anatomy.load_tissue_maps()
 
 
 def raw(tree, label, suffix):
@@ -50,7 +49,7 @@ def truth(tree, label, name):
 
 def shares(tree, label):
     """True tissue shares on the T1w grid: (3, I, J, K)."""
-    names = [f"label-{tissue}_probseg.nii.gz" for tissue in simulate.TISSUES]
+    names = [f"label-{tissue}_probseg.nii.gz" for tissue in sequences.TISSUES]
     return np.stack([nib.load(truth(tree, label, name)).get_fdata() for name in names])
 
 
@@ -77,131 +76,6 @@ def explained(values, fractions, voxels):
     design = np.stack([*fractions, *places, *bias], axis=1)
     left = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
     return 1 - left.var() / values.var()
-
-
-# Signal equations
-
-
-def test_mprage_signal_is_the_one_worked_out_by_hand():
-    # White matter, T1 830 ms: 284 ms after the inversion, 176 pulses of 8 degrees every 7 ms, then
-    # 784 ms. exp(-284/830) = .7103, exp(-784/830) = .3888, one pulse keeps
-    # cos(8 deg) exp(-7/830) = .98195, the train .98195^176 = .0405, half of it .2013; endless
-    # pulses drive to (1 - .99160) / (1 - .98195) = .4654.
-    # Steady: (.2897 x .0405 + .4654 x .9595) x .3888 + .6112 = .7894, / 1.0107 = .7810.
-    # Middle: (.2897 - .96 x .7810 x .7103) x .2013 + .4654 x .7987 = .3228; x sin(8 deg) x 0.7.
-    assert simulate.mprage_signal(0.7, 830.0, MPRAGE) == pytest.approx(0.03145, abs=1e-4)
-
-
-def test_mprage_signal_equals_bloch_pulse_by_pulse():
-    for t1_ms in (830.0, 1400.0, 4000.0):
-        flip = np.deg2rad(MPRAGE.flip_deg)
-
-        def recover(magnetisation, wait_ms, t1_ms=t1_ms):
-            return 1 + (magnetisation - 1) * np.exp(-wait_ms / t1_ms)
-
-        magnetisation, middle = 1.0, 0.0
-        for _ in range(30):
-            magnetisation = recover(-0.96 * magnetisation, 900 - 88 * 7)
-            for pulse in range(176):
-                middle = magnetisation if pulse == 88 else middle
-                magnetisation = recover(magnetisation * np.cos(flip), 7)
-            magnetisation = recover(magnetisation, 2300 - 900 - 88 * 7)
-        signal = simulate.mprage_signal(0.8, t1_ms, MPRAGE)
-        assert signal == pytest.approx(0.8 * np.sin(flip) * middle, rel=1e-9)
-
-
-def test_spin_echo_signal_is_the_one_worked_out_by_hand():
-    # 1100 ms less a train of 10 x 10 ms leave 1000 ms = T1, and TE = T2: 0.8 x (1 - 1/e) / e.
-    sequence = simulate.FastSpinEcho(1100.0, 100.0, 10.0, 10)
-    signal = simulate.fast_spin_echo_signal(0.8, 1000.0, 100.0, sequence)
-    assert signal == pytest.approx(0.8 * 0.632121 * 0.367879, abs=1e-6)
-
-
-def test_spin_echo_signal_equals_bloch_refocusing_by_refocusing():
-    sequence = simulate.FastSpinEcho(4000.0, 100.0, 10.0, 13)
-    longitudinal, transverse = 1.0, 0.0
-    for _ in range(5):
-        transverse, longitudinal, signal = longitudinal, 0.0, 0.0
-        for echo in range(1, 14):
-            half = np.exp(-5.0 / 1400.0)
-            longitudinal = 1 + (-(1 + (longitudinal - 1) * half) - 1) * half
-            transverse *= np.exp(-10.0 / 100.0)
-            signal = transverse if echo == 10 else signal
-        longitudinal = 1 + (longitudinal - 1) * np.exp(-(4000.0 - 130.0) / 1400.0)
-    expected = simulate.fast_spin_echo_signal(1.0, 1400.0, 100.0, sequence)
-    assert signal == pytest.approx(expected, rel=1e-3)
-
-
-def test_magnitude_noise_has_the_moments_of_rice():
-    rng = np.random.default_rng(0)
-    background = simulate.rician_magnitude(np.zeros(200_000, np.float32), 2.0, rng)
-    tissue = simulate.rician_magnitude(np.full(200_000, 10, np.float32), 2.0, rng)
-    assert background.mean() == pytest.approx(2 * np.sqrt(np.pi / 2), rel=0.01)
-    assert np.square(tissue).mean() == pytest.approx(10**2 + 2 * 2**2, rel=0.01)
-
-
-def test_every_protocol_and_tissue_drawn_keeps_the_order_of_tissues():
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        drawn = simulate.draw_tissues(rng)
-        tissues = [drawn[name] for name in simulate.TISSUES]
-        t1w, t2w = simulate.draw_mprage(rng), simulate.draw_fast_spin_echo(rng)
-        grey, white, fluid = (
-            simulate.mprage_signal(t.proton_density, t.t1_ms, t1w) for t in tissues
-        )
-        assert 0 < 1.1 * fluid < grey < white / 1.1
-        grey, white, fluid = (
-            simulate.fast_spin_echo_signal(t.proton_density, t.t1_ms, t.t2_ms, t2w) for t in tissues
-        )
-        assert fluid > 1.2 * grey > 1.2 * 1.2 * white > 0
-
-
-# Fields and anatomy
-
-
-def test_sampling_equals_scipys_linear_interpolation():
-    rng = np.random.default_rng(0)
-    fields = rng.standard_normal((2, 7, 8, 9)).astype(np.float32)
-    points = rng.uniform(-2, 11, (3, 500))
-    expected = [
-        ndimage.map_coordinates(field, points, order=1, mode="nearest") for field in fields
-    ]
-    assert np.allclose(simulate.sample(fields, points, block=64), expected, atol=1e-5)
-
-
-def test_following_a_velocity_back_undoes_following_it():
-    velocity = np.stack([simulate.smooth_noise(np.random.default_rng(0), (24, 24, 24), 4.0)] * 3)
-    there = simulate.integrate_velocity(velocity)
-    back = simulate.integrate_velocity(-velocity)
-    here = np.indices((24, 24, 24)).reshape(3, -1)
-    round_trip = there.reshape(3, -1) + simulate.sample(back, here + there.reshape(3, -1))
-    inner = (slice(None), slice(6, 18), slice(6, 18), slice(6, 18))
-    assert np.abs(there[inner]).max() > 1.0
-    assert np.abs(round_trip.reshape(there.shape)[inner]).max() < 0.1
-
-
-def test_jacobian_of_a_linear_stretch_is_its_volume_change():
-    i, j, k = np.indices((5, 6, 7), dtype=np.float32)
-    stretch = np.stack([0.5 * i + 0.2 * j, 0.1 * i - 0.2 * j, 0.3 * k])
-    expected = ((1 + 0.5) * (1 - 0.2) - 0.2 * 0.1) * (1 + 0.3)
-    assert np.allclose(simulate.jacobian_determinant(stretch), expected, atol=1e-5)
-
-
-def test_no_anatomy_folds_and_none_is_symmetric(maps):
-    for seed in range(4):
-        anatomy = simulate.draw_anatomy(maps, np.random.default_rng(seed))
-        displacement = anatomy.displacement_mm / np.float32(simulate.LATTICE_MM)
-        assert simulate.jacobian_determinant(displacement).min() >= simulate.MINIMUM_JACOBIAN - 1e-4
-        assert 5.0 < np.abs(anatomy.displacement_mm).max() < 30.0
-        mirrored = displacement[:, ::-1] * np.array([-1, 1, 1])[:, None, None, None]
-        assert np.corrcoef(displacement.ravel(), mirrored.ravel())[0, 1] < 0.5
-
-
-def test_a_fold_in_the_first_draw_is_ironed_out(monkeypatch):
-    monkeypatch.setattr(simulate, "WARP_SCALES_MM", ((6.0, 12.0),))
-    displacement = simulate.draw_displacement(np.random.default_rng(0), (20, 20, 20))
-    jacobian = simulate.jacobian_determinant(displacement / np.float32(simulate.LATTICE_MM))
-    assert jacobian.min() >= simulate.MINIMUM_JACOBIAN - 1e-4
 
 
 def test_grids_hold_the_brain_and_point_where_asked():
@@ -427,12 +301,3 @@ def test_a_thick_slice_is_averaged_and_a_thin_one_is_not():
     offsets, weights = simulate.slice_profile(3.0)
     assert len(offsets) == 5 and weights.sum() == pytest.approx(1.0)
     assert weights[2] == weights.max() and np.allclose(weights, weights[::-1])
-
-
-def test_partial_volume_mixes_signals_not_relaxation_times():
-    tissues = {name: simulate.Tissue(1000.0, 80.0, 0.7) for name in simulate.TISSUES}
-    tissues["CSF"] = replace(tissues["CSF"], t1_ms=4000.0, t2_ms=2000.0, proton_density=1.0)
-    fractions = np.array([[0.5, 1.0, 0.0], [0.0, 0.0, 0.0], [0.5, 0.0, 1.0]], np.float32)
-    sequence = simulate.FastSpinEcho(4000.0, 100.0, 10.0, 13)
-    mixed, grey, fluid = simulate.mix_signals(fractions, np.zeros((2, 3)), tissues, sequence)
-    assert mixed == pytest.approx((grey + fluid) / 2, rel=1e-6)
