@@ -13,10 +13,11 @@ DEMO := runs/demo
 install: $(INSTALLED)
 
 # "." installs the dependencies in setup.cfg and no package: the scripts run from the checkout.
-$(INSTALLED): setup.cfg pyproject.toml
+$(INSTALLED): setup.cfg pyproject.toml torchrun.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check --no-input ".[all,test]"
 	rm -rf build *.egg-info
+	(echo "#!$(abspath $(RUN))"; cat torchrun.py) > $(VENV)/bin/torchrun
 	touch $@
 
 demo: $(INSTALLED)
