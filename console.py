@@ -24,12 +24,14 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(WRONG_INPUT)
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show each option's default, except where it has none."""
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show each option's default, except where it has none, and the description as it is."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
             return action.help
+        if isinstance(action.default, (tuple, list)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 

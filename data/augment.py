@@ -9,8 +9,8 @@ from torch import Tensor
 def flip_left_right(slices: Tensor, draws: torch.Generator) -> Tensor:
     """Mirror each slice left to right with probability 1/2.
 
-    A mirrored brain is a plausible brain. Upside down or stretched ones are not, so there is no more
-    here.
+    A mirrored brain is a plausible brain. Upside down or stretched ones are not, so there is no
+    more here.
 
     Parameters
     ----------

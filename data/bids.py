@@ -1,6 +1,7 @@
 """Which T1w and T2w belong to which subject and session of a BIDS tree.
 
-Owns file names only; it opens no volume. BIDS: Gorgolewski et al. 2016, https://bids.neuroimaging.io.
+Owns file names only; it opens no volume. BIDS: Gorgolewski et al. 2016,
+https://bids.neuroimaging.io.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 SUFFIXES = ("T1w", "T2w")
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+.]+)$")
+_OF_MASKS = ("desc", "space", "res", "label")  # entities that say nothing about the scan
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     Of several scans of one kind the one is taken that stands first in this order: magnitude before
     phase, without contrast agent (`ce-`) before with, not resampled or processed (`space-`, `res-`,
     `desc-`) before, fewer entities before more, and the lowest `run-` index: a repeat is numbered
-    after the scan that it repeats. A file with `part-phase`, `part-real` or `part-imag` is never taken.
+    after the scan that it repeats. A file with `part-phase`, `part-real` or `part-imag` is never
+    taken, nor one that bears another subject's or session's name than its folder.
 
     Parameters
     ----------
@@ -87,15 +90,21 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     subjects, missing, seen = [], {}, False
     for anat, subject, session in _anat_folders(root):
         scans = [scan for scan in map(parse_name, sorted(anat.iterdir())) if scan]
+        strange = [s.path.name for s in scans if s.suffix in SUFFIXES
+                   and not _belongs(s.path.name, subject, session)]
+        scans = [scan for scan in scans if _belongs(scan.path.name, subject, session)]
         name = subject_id(dataset, subject, session)
         chosen = {suffix: choose(scans, suffix) for suffix in SUFFIXES}
         t1w, t2w = chosen["T1w"], chosen["T2w"]
         if t1w and t2w:
             subjects.append(Subject(dataset, subject, session, root, t1w.path, t2w.path))
+        elif strange:
+            missing[name] = (f"{anat.relative_to(root) / strange[0]}: bears another name than its "
+                             "folder; rename one of them")
         elif t1w or t2w:
             has, lacks = ("T1w", "T2w") if t1w else ("T2w", "T1w")
             missing[name] = f"{anat.relative_to(root)}: has a {has} but no {lacks}"
-        seen = seen or t1w is not None or t2w is not None
+        seen = seen or t1w is not None or t2w is not None or bool(strange)
     if not seen:
         raise ValueError(
             f"{root}: no T1w or T2w found; a BIDS tree has files like "
@@ -120,6 +129,13 @@ def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:
                 session = anat.parent.name[4:] if anat.parent != subject else ""
                 found.append((anat, subject.name[4:], session))
     return found
+
+
+def _belongs(file_name: str, subject: str, session: str) -> bool:
+    """Whether a file is named after its folders; the session's name may be left out."""
+    start, _, rest = file_name.partition("_")
+    other = rest.startswith("ses-") and not rest.startswith(f"ses-{session}_")
+    return start == f"sub-{subject}" and not other
 
 
 def parse_name(path: Path) -> Scan | None:
@@ -160,7 +176,8 @@ def brain_mask_path(subject: Subject) -> Path:
     """The `*_desc-brain_mask.nii[.gz]` that belongs to a subject's T1w.
 
     Looked for beside the T1w, then in `derivatives/` below the tree (any pipeline, in the order of
-    their names). A mask in another space (`space-` other than T1w or orig) or of another run is not taken.
+    their names). A mask in another space (`space-` other than T1w or orig) or of another scan (a
+    `run-`, `acq-` or the like that T1w has not) is not taken.
 
     Raises
     ------
@@ -168,23 +185,26 @@ def brain_mask_path(subject: Subject) -> Path:
     """
     where = f"sub-{subject.subject}" + (f"/ses-{subject.session}" if subject.session else "")
     t1w = parse_name(subject.t1w)
-    run = t1w.get("run") if t1w else None
+    own = dict(t1w.entities) if t1w else {}
     folders = [subject.t1w.parent, *sorted(subject.root.glob(f"derivatives/*/{where}/anat")),
                *sorted(subject.root.glob(f"derivatives/{where}/anat"))]
     for folder in folders:
         masks = [s for s in map(parse_name, sorted(folder.glob("*_mask.nii*"))) if s
                  and s.get("desc") == "brain" and s.get("space") in (None, "T1w", "orig")
-                 and s.get("run") in (None, run)]
+                 and all(own.get(e) == label for e, label in s.entities if e not in _OF_MASKS)
+                 and _belongs(s.path.name, subject.subject, subject.session)]
         if masks:
-            return min(masks, key=lambda s: (s.get("run") != run, len(s.entities), s.path.name)).path
+            return min(masks, key=lambda s: (-sum(own.get(e) == v for e, v in s.entities),
+                                             len(s.entities), s.path.name)).path
     raise FileNotFoundError(
         f"{subject.t1w}: no *_desc-brain_mask.nii.gz beside it or in "
-        f"{subject.root / 'derivatives'}/*/{where}/anat; add one or choose another --brain-extraction"
+        f"{subject.root / 'derivatives'}/*/{where}/anat; add one or choose another "
+        "--brain-extraction"
     )
 
 
 def describe(root: Path, dataset: str) -> dict[str, Any]:
-    """Name, licence and DOI of a tree from its `dataset_description.json`, "" where it says nothing."""
+    """Name, licence and DOI from a tree's `dataset_description.json`, "" where it is silent."""
     try:
         text = json.loads((root / "dataset_description.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -195,7 +215,7 @@ def describe(root: Path, dataset: str) -> dict[str, Any]:
 
 
 def subject_of(path: Path) -> Subject:
-    """The subject that a single file belongs to, by its name and folders, to look for its mask.
+    """The subject of a single file, by its name and folders, to look for its mask.
 
     Raises
     ------
@@ -204,10 +224,10 @@ def subject_of(path: Path) -> Subject:
     scan = parse_name(path)
     label = re.match(r"sub-([A-Za-z0-9+]+)_", path.name)
     if scan is None or label is None:
-        raise ValueError(f"{path}: not named by the rules of BIDS (sub-01_T1w.nii.gz), so its mask cannot "
-                         "be found; choose another --brain-extraction")
+        raise ValueError(f"{path}: not named by the rules of BIDS (sub-01_T1w.nii.gz), so its mask "
+                         "cannot be found; choose another --brain-extraction")
     session = re.search(r"_ses-([A-Za-z0-9+]+)_", path.name)
-    folder = path.resolve().parent
+    folder = path.absolute().parent  # not resolve(): an annexed file is a link to elsewhere
     root = next((p.parent for p in (folder, *folder.parents) if p.name == f"sub-{label.group(1)}"),
                 folder)
     return Subject(dataset_name(root), label.group(1), session.group(1) if session else "", root,

@@ -61,7 +61,7 @@ def nonzero_mask(volume: Volume) -> np.ndarray:
 
 
 def signal_mask(volume: Volume) -> np.ndarray:
-    """(I, J, K) bool: where an extracted volume has any signal at all (`nonzero_mask`, holes open)."""
+    """(I, J, K) bool: where an extracted volume has signal at all (`nonzero_mask`, holes open)."""
     nonzero = volume.data != 0
     negative = volume.data < 0
     leftovers = negative.sum() <= NEGATIVE_SHARE * max(int(nonzero.sum()), 1)
@@ -85,7 +85,7 @@ def given_mask(path: Path, t1w: Volume) -> np.ndarray:
 
 
 def looks_extracted(volume: Volume, limits_ml: tuple[float, float] = ADULT_ML) -> bool:
-    """Whether a volume is a brain on empty background: its signal fills as much room as a brain does."""
+    """Whether a volume is a brain on empty background: its signal fills a brain's room."""
     mask = nonzero_mask(volume)
     rim = np.concatenate([mask[[0, -1]].ravel(), mask[:, [0, -1]].ravel(),
                           mask[:, :, -1].ravel()])  # the neck leaves through k = 0

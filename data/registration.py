@@ -73,14 +73,13 @@ def register_rigid(t1w: Volume, t2w: Volume, mask: np.ndarray, *, seed: int = 0)
     before = mutual_information(t1w, t2w, mask, np.eye(4))
     after = mutual_information(t1w, t2w, mask, matrix)
     moved = _matrix_moves(matrix, middle)
-    figures = dict(translation_mm=moved[0], rotation_deg=moved[1], mi_before=before, mi_after=after)
     if moved[0] > MAX_MOVE_MM or moved[1] > MAX_TURN_DEG:
         note = f"search moved {moved[0]:.0f} mm and {moved[1]:.0f} degrees; headers kept"
         return Registration(np.eye(4), "headers", 0.0, 0.0, before, before, note)
     if not after >= before:
         note = f"search lowered mutual information {before:.3f} to {after:.3f}; headers kept"
         return Registration(np.eye(4), "headers", 0.0, 0.0, before, before, note)
-    return Registration(matrix, "rigid", **figures)
+    return Registration(matrix, "rigid", *moved, before, after)
 
 
 def mutual_information(t1w: Volume, t2w: Volume, mask: np.ndarray, matrix: np.ndarray) -> float:
@@ -129,7 +128,7 @@ def _search(t1w: Volume, t2w: Volume, mask: np.ndarray, middle: list[float],
 
 def _fixed(t1w: Volume, mask: np.ndarray, spacing_mm: float,
            margin_mm: float) -> tuple[sitk.Image, sitk.Image]:
-    """T1w and its brain mask widened by a rim (skull and scalp carry the edge), on a coarser grid."""
+    """T1w and its brain mask, widened by a rim (the scalp carries an edge), on a coarser grid."""
     grid = _coarse_grid(t1w, spacing_mm)
     outside_mm = ndimage.distance_transform_edt(~resample(mask, t1w.affine, grid, nearest=True),
                                                 sampling=grid.spacing_mm)

@@ -44,8 +44,9 @@ class UnpairedBatches:
         self._rows = store.rows("train")
         self._taken = batch_size * world
         if len(self._rows) < self._taken:
-            raise ValueError(f"{store.folder}: the train split has {len(self._rows)} slices, a step of "
-                             f"{world} x {batch_size} needs {self._taken}; take a smaller --batch-size")
+            raise ValueError(f"{store.folder}: the train split has {len(self._rows)} slices, a "
+                             f"step of {world} x {batch_size} needs {self._taken}; take a smaller "
+                             "--batch-size")
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
         self._steps_a_pass = len(self._rows) // self._taken
         self.steps_per_epoch = steps_per_epoch or self._steps_a_pass
@@ -86,13 +87,14 @@ class UnpairedBatches:
 
     def _permutation(self, epoch: int, turn: int, domain: int) -> np.ndarray:
         key = (epoch, turn, domain)
-        if key not in self._permutations:
+        found = self._permutations.get(key)  # several threads ask, and any of them may forget it
+        if found is None:
             # the present pass and the one that is read ahead; older ones are done with
             for old in sorted(self._permutations)[:-3]:
                 self._permutations.pop(old, None)
             draws = np.random.default_rng([self._seed, epoch, turn, domain])
-            self._permutations[key] = draws.permutation(self._rows)
-        return self._permutations[key]
+            found = self._permutations[key] = draws.permutation(self._rows)
+        return found
 
 
 def to_tensor(slices: np.ndarray) -> Tensor:
@@ -108,9 +110,9 @@ def paired_subjects(store: SliceStore, split: str) -> list[dict[str, Any]]:
 
 def paired_slices(store: SliceStore, subject: dict[str, Any],
                   batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield a subject's slices in order: real_x, real_y (N, 1, H, W) float32 and mask (N, 1, H, W) bool.
+    """Yield a subject's slices in order, for validation and evaluation: real pairs.
 
-    Real pairs, for validation and evaluation only.
+    These are real_x and real_y (N, 1, H, W) float32 in [-1, 1] and mask (N, 1, H, W) bool.
     """
     end = subject["first_row"] + subject["n_slices"]
     for first in range(subject["first_row"], end, batch_size):

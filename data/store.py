@@ -1,8 +1,8 @@
 """The slice store: memory-mapped arrays of T1w and T2w slices, and who is who.
 
 A folder of `store.json`, `subjects.tsv`, `skipped.tsv`, `t1w.npy`, `t2w.npy` (N, H, W) float16 in
-[-1, 1] and `mask.npy` (N, H, W/8) uint8, the brain as bits along W, most significant first. Row r of
-all three is the same place in the same head; rows stand in the order of the subjects' ids, a
+[-1, 1] and `mask.npy` (N, H, W/8) uint8, the brain as bits along W, most significant first. Row r
+of all three is the same place in the same head; rows stand in the order of the subjects' ids, a
 subject's from inferior to superior.
 
 Owns the format: writer, reader, check and split. It imports neither nibabel nor torch. A subject
@@ -19,7 +19,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ VERSION = 1
 SPLITS = ("train", "val", "test")
 ARRAYS = ("t1w.npy", "t2w.npy", "mask.npy")
 TABLES = ("store.json", "subjects.tsv", "skipped.tsv")
+COUNTED = ("subjects", "sessions", "slices")
+_AGAIN = "delete the store and run preprocess.py again"
 LAYOUT = "axial slices, inferior to superior; H anterior to posterior, W left to right"
 COMMIT = "commit.json"
 PARTS = "parts"
@@ -111,8 +113,7 @@ class SliceStore:
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: missing; run preprocess.py again") from None
         except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path}: damaged ({error}); delete the store and run preprocess.py "
-                             "again") from None
+            raise ValueError(f"{path}: damaged ({error}); {_AGAIN}") from None
 
     def _check_shapes(self) -> None:
         n, size = self.header["counts"]["slices"]["all"], self.size
@@ -121,18 +122,18 @@ class SliceStore:
         for name, array in zip(ARRAYS, (self.t1w, self.t2w, self.packed_mask)):
             shape, dtype = wanted[name]
             if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{self.folder / name}: is {array.shape} {array.dtype}, store.json "
-                                 f"says {shape} {dtype}; delete the store and run preprocess.py again")
+                raise ValueError(f"{self.folder / name}: is {array.shape} {array.dtype}, "
+                                 f"store.json says {shape} {dtype}; {_AGAIN}")
         row = 0
         for subject in self.subjects:
             if subject["first_row"] != row or subject["n_slices"] < 1:
                 raise ValueError(f"{self.folder / 'subjects.tsv'}: {subject['id']} starts at row "
-                                 f"{subject['first_row']} with {subject['n_slices']} slices, row {row} "
-                                 "was due; delete the store and run preprocess.py again")
+                                 f"{subject['first_row']} with {subject['n_slices']} slices, row "
+                                 f"{row} was due; {_AGAIN}")
             row += subject["n_slices"]
         if row != n:
-            raise ValueError(f"{self.folder / 'subjects.tsv'}: counts {row} slices, store.json {n}; "
-                             "delete the store and run preprocess.py again")
+            raise ValueError(f"{self.folder / 'subjects.tsv'}: counts {row} slices, store.json "
+                             f"{n}; {_AGAIN}")
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
@@ -148,22 +149,30 @@ def _read_header(folder: Path) -> dict[str, Any]:
     if kind != FORMAT or version != VERSION:
         raise ValueError(f"{path}: format {kind} version {version}, this program reads {FORMAT} "
                          f"version {VERSION}; make the store again with preprocess.py")
+    try:
+        int(header["size"])
+        [int(header["counts"][what][split]) for what in COUNTED for split in ("all", *SPLITS)]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: lacks size or counts; {_AGAIN}") from None
     return header
 
 
 def _read_subjects(folder: Path) -> list[dict[str, Any]]:
     path = folder / "subjects.tsv"
     subjects: list[dict[str, Any]] = list(read_table(path))
+    lacking = [c for c in COLUMNS if any(subject.get(c) is None for subject in subjects)]
+    if lacking:
+        raise ValueError(f"{path}: lacks {', '.join(lacking)}; {_AGAIN}")
     for subject in subjects:
         try:
             subject["first_row"] = int(subject["first_row"])
             subject["n_slices"] = int(subject["n_slices"])
             known = subject["split"] in SPLITS and subject["id"]
-        except (KeyError, ValueError, TypeError):
+        except ValueError:
             known = None
         if not known:
-            raise ValueError(f"{path}: row {subject} lacks id, split, first_row or n_slices; delete "
-                             "the store and run preprocess.py again")
+            raise ValueError(f"{path}: {subject['id']} has a wrong split, first_row or n_slices; "
+                             f"{_AGAIN}")
     return subjects
 
 
@@ -171,11 +180,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a tab-separated table with a header line; [] where there is no such file."""
     try:
         with open(path, encoding="utf-8", newline="") as lines:
-            return list(csv.DictReader(lines, delimiter="\t"))
+            return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     except FileNotFoundError:
         return []
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a table of text; delete it and run again") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path}: not a table of text; {_AGAIN}") from None
 
 
 # ------------------------------------------------------------------------------------------ split
@@ -198,14 +207,15 @@ def assign_splits(
     ----------
     subjects : (dataset, subject label) pairs; sessions of one subject are one pair
     fractions : of train, val and test; they sum to 1
-    val, test : subjects named outright, as `01`, `sub-01` or `dataset/sub-01`; a split that is named
-        holds exactly these
-    settled : what an earlier run decided: new data never moves old subjects
+    val, test : subjects named outright, as `01`, `sub-01` or `dataset/sub-01`; a split that is
+        named holds exactly these
+    settled : what an earlier run decided: new data never moves old subjects, not even to fill a
+        split
 
     Returns
     -------
     splits : each pair's split
-    said : one line for each subject that was moved to fill an empty split
+    said : one line for each split that was empty: who was moved there, or that it stays empty
 
     Raises
     ------
@@ -226,7 +236,8 @@ def assign_splits(
         before = (settled or {}).get(pair, hashed)
         splits[pair] = named.get(pair, "train" if before in closed else before)
     said = [line for split, fraction in ((0, 1), (2, fractions[2]), (1, fractions[1]))
-            if fraction > 0 for line in _fill(SPLITS[split], splits, bounds, named)]
+            if fraction > 0
+            for line in _fill(SPLITS[split], splits, bounds, {*named, *(settled or ())})]
     return splits, said
 
 
@@ -237,20 +248,20 @@ def _named(name: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]
     fit = fit or [p for p in pairs if f"{p[0]}_sub-{p[1]}" == name]
     if not fit:
         have = ", ".join(f"sub-{s}" for _, s in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
-        raise ValueError(f"subject '{name}' named in --val or --test is not there; there are {have}")
+        raise ValueError(f"subject '{name}' of --val or --test is not there; there are {have}")
     return fit
 
 
 def _fill(split: str, splits: dict[tuple[str, str], str], bounds: np.ndarray,
-          named: dict[tuple[str, str], str]) -> list[str]:
+          placed: Collection[tuple[str, str]]) -> list[str]:
     """Give an empty split the subject whose hash lies nearest to its interval."""
     if split in splits.values():
         return []
     held = list(splits.values())
-    # never take a split's last subject, nor one that the user has placed
-    free = [p for p in splits if p not in named and held.count(splits[p]) > 1]
+    # never take a split's last subject, nor one that the user or an earlier run has placed
+    free = [p for p in splits if p not in placed and held.count(splits[p]) > 1]
     if not free:
-        return [f"split {split} stays empty: too few subjects"]
+        return [f"split {split} stays empty: too few subjects that are free to move"]
     low, high = bounds[SPLITS.index(split)], bounds[SPLITS.index(split) + 1]
 
     def distance(pair: tuple[str, str]) -> tuple[float, tuple[str, str]]:
@@ -278,18 +289,19 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
     header = _read_header(folder)
     for name in SHARED:
         if header.get(name) != json.loads(json.dumps(settings[name])):
-            raise ValueError(f"{folder / 'store.json'}: built with {name} {header.get(name)}, now asked "
-                             f"for {settings[name]}; choose another --out, or delete this store")
+            raise ValueError(f"{folder / 'store.json'}: built with {name} {header.get(name)}, now "
+                             f"asked for {settings[name]}; choose another --out, or delete this "
+                             "store")
     return header
 
 
 def recover(folder: Path) -> None:
-    """Complete or forget what an interrupted run left: called before anything is written."""
-    commit = folder / COMMIT
-    if commit.exists():
+    """Complete or forget what an interrupted run left, before anything is read or written."""
+    if (folder / COMMIT).exists():
         _complete(folder)
-    for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp"),
-                     *(folder / PARTS).glob("*.tmp")]:
+    ours = [*(f"{name}.new" for name in (*ARRAYS, *TABLES)), f"{COMMIT}.*.tmp",
+            f"{PARTS}/*.npz.*.tmp"]
+    for leftover in [path for pattern in ours for path in folder.glob(pattern)]:
         leftover.unlink()
 
 
@@ -303,27 +315,16 @@ def write_part(folder: Path, part: Part) -> None:
     write_atomically(parts / f"{part.row['id']}.npz", buffer.getvalue())
 
 
-def read_part(path: Path) -> Part | None:
-    """A part, None where the file is none (an interrupted disk, say): it is then made again."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            t1w = stored["t1w"]
-            mask = np.unpackbits(stored["mask"], axis=-1, count=t1w.shape[-1]).astype(bool)
-            return Part(t1w, stored["t2w"], mask, json.loads(str(stored["row"])))
-    except Exception:  # zipfile, numpy and json each raise their own; the answer is the same
-        return None
-
-
 def part_rows(folder: Path) -> dict[str, dict[str, str]]:
-    """The rows of all readable parts by id, without their arrays."""
+    """The rows of all parts by id, without their arrays; a damaged part counts for none."""
     rows = {}
     for path in sorted((folder / PARTS).glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as stored:
                 row = json.loads(str(stored["row"]))
             rows[row["id"]] = row
-        except Exception:  # as in read_part
-            path.unlink()
+        except Exception:  # zipfile, numpy and json each raise their own
+            continue
     return rows
 
 
@@ -336,16 +337,21 @@ def digest_rows(t1w: np.ndarray, t2w: np.ndarray, packed_mask: np.ndarray) -> st
 
 
 def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
-         skipped: dict[str, str]) -> None:
+         skipped: dict[str, str], fresh: Collection[str]) -> None:
     """Write the store anew from its parts and from the arrays that it has.
 
     Parameters
     ----------
     folder : the store
     header : `store.json` without format, version and counts
-    subjects : the table's rows with `split`; a row's slices come from its part where there is one,
-        else from the present arrays. A subject that is not among them leaves the store.
+    subjects : the table's rows with `split`. A subject that is not among them leaves the store.
     skipped : id to reason
+    fresh : ids whose slices come from their parts, the others' come from the present arrays; parts
+        of other ids stay where they are
+
+    Raises
+    ------
+    OSError : a part is damaged (it is deleted, and the next run makes it anew)
     """
     subjects = sorted(subjects, key=lambda s: s["id"])
     old = SliceStore(folder) if (folder / "store.json").exists() else None
@@ -359,8 +365,9 @@ def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
     size = int(header["size"])
     shapes = [(first, size, size), (first, size, size), (first, size, (size + 7) // 8)]
     dtypes = ["float16", "float16", "uint8"]
-    for index, name in enumerate(ARRAYS):
-        blocks = (_block(folder, s["id"], index, old, spans) for s in rows)
+    for index, (name, attribute) in enumerate(zip(ARRAYS, ("t1w", "t2w", "packed_mask"))):
+        blocks = (_fresh_block(folder, s["id"], name) if s["id"] in fresh
+                  else getattr(old, attribute)[spans[s["id"]]] for s in rows)
         _write_array(folder / f"{name}.new", shapes[index], dtypes[index], blocks)
     full = {"format": FORMAT, "version": VERSION, **header, "layout": LAYOUT,
             "mask": "bits along W, most significant first", "counts": _counts(rows)}
@@ -368,24 +375,24 @@ def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
     _write_synced(folder / "subjects.tsv.new", table(COLUMNS, rows))
     _write_synced(folder / "skipped.tsv.new", table(
         ("id", "reason"), [{"id": i, "reason": skipped[i]} for i in sorted(skipped)]))
-    done = sorted(path.name for path in (folder / PARTS).glob("*.npz"))
+    done = [f"{s['id']}.npz" for s in rows if s["id"] in fresh]
     write_atomically(folder / COMMIT, json.dumps({"parts": done}).encode())
     _complete(folder)
 
 
-def _block(folder: Path, name: str, index: int, old: SliceStore | None,
-           spans: dict[str, slice]) -> np.ndarray:
+def _fresh_block(folder: Path, name: str, array: str) -> np.ndarray:
+    """One array of a part."""
     path = folder / PARTS / f"{name}.npz"
-    if path.exists():
+    try:
         with np.load(path, allow_pickle=False) as stored:
-            return stored[("t1w", "t2w", "mask")[index]]
-    if old is None or name not in spans:
-        raise ValueError(f"{folder}: {name} has neither a part nor rows; run preprocess.py again")
-    return (old.t1w, old.t2w, old.packed_mask)[index][spans[name]]
+            return stored[array.removesuffix(".npy")]
+    except Exception as error:  # as in part_rows
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path}: damaged ({error}); run the same command again") from None
 
 
 def _counts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    counts = {what: dict.fromkeys(("all", *SPLITS), 0) for what in ("subjects", "sessions", "slices")}
+    counts = {what: dict.fromkeys(("all", *SPLITS), 0) for what in COUNTED}
     seen = set()
     for row in rows:
         for split in ("all", row["split"]):
@@ -410,12 +417,16 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str,
 
 def _complete(folder: Path) -> None:
     """Carry out a commit; may be interrupted and begun again at any point."""
-    commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+    try:
+        parts = list(json.loads((folder / COMMIT).read_text(encoding="utf-8"))["parts"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{folder / COMMIT}: not a slice store's file; choose another --out") from None
     for name in (*ARRAYS, *TABLES):
         new = folder / f"{name}.new"
         if new.exists():
             os.replace(new, folder / name)
-    for name in commit["parts"]:
+    for name in parts:
         (folder / PARTS / name).unlink(missing_ok=True)
     if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()):
         (folder / PARTS).rmdir()
@@ -487,6 +498,8 @@ def check(folder: Path) -> list[str]:
     ids = [s["id"] for s in store.subjects]
     if ids != sorted(set(ids)):
         problems.append("subjects.tsv: ids are not unique and in order")
+    if (counts := _counts(store.subjects)) != store.header["counts"]:
+        problems.append(f"store.json: counts {store.header['counts']}, subjects.tsv has {counts}")
     return problems
 
 
@@ -509,10 +522,10 @@ def _check_rows(store: SliceStore, subject: dict[str, Any]) -> list[str]:
         if stray.any():
             problems.append(f"{where}: {name} is not -1 outside the brain in rows "
                             f"{_rows_of(stray, first)}")
-        flat = (values == values[:, :1, :1]).all(axis=(1, 2))
+        flat = np.all(values == values[:, :1, :1], axis=(1, 2))
         if flat.any():
             problems.append(f"{where}: {name} is empty in rows {_rows_of(flat, first)}")
-    empty = ~mask.any(axis=(1, 2))
+    empty = np.logical_not(mask.any(axis=(1, 2)))
     if empty.any():
         problems.append(f"{where}: no brain in rows {_rows_of(empty, first)}")
     if digest_rows(store.t1w[span], store.t2w[span], store.packed_mask[span]) \

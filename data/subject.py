@@ -123,17 +123,25 @@ def _cut(t1w: Volume, t2w: Volume, mask: np.ndarray, placed: Registration,
     """Both volumes on T1w's slicing grid, scaled, framed and cut; figures for the table beside."""
     grid = slicing_grid(t1w, settings.spacing_mm)
     brain_mask = resample(mask, t1w.affine, grid, nearest=True)
-    seen = brain_mask & field_of_view(t2w.data.shape, t2w.affine, grid, placed.matrix)
+    x_data = resample(t1w.data, t1w.affine, grid)
+    y_data = resample(t2w.data, t2w.affine, grid, matrix=placed.matrix)
+    # a scan that was cut short and then padded has slices of zeros in its field of view
+    x_filled, y_filled = np.any(x_data, axis=(0, 1)), np.any(y_data, axis=(0, 1))
+    seen = brain_mask & x_filled & y_filled
+    seen &= field_of_view(t2w.data.shape, t2w.affine, grid, placed.matrix)
     coverage = float(seen.sum()) / max(float(brain_mask.sum()), 1)
     if coverage < MIN_COVERAGE:
         raise ValueError(f"{t2w.path}: covers {coverage:.0%} of the brain in {t1w.path.name}; "
                          "leave the pair out")
-    x, x_place = place(resample(t1w.data, t1w.affine, grid), seen, grid, settings.size,
-                       path=t1w.path)
-    y, y_place = place(resample(t2w.data, t2w.affine, grid, matrix=placed.matrix), seen, grid,
-                       settings.size, path=t2w.path)
+    x, x_place = place(x_data, seen, grid, settings.size, path=t1w.path)
+    y, y_place = place(y_data, seen, grid, settings.size, path=t2w.path)
     frame = to_slices(crop_or_pad(seen, x_place.centre, settings.size, fill=False))
     keep = slices_kept(frame, settings.min_brain_area)
+    blank = [np.all(kept == kept[:, :1, :1], axis=(1, 2)) for kept in (x[keep], y[keep])]
+    if (blank[0] | blank[1]).any():
+        guilty = t1w if blank[0].any() and not x_filled[keep].all() else t2w
+        raise ValueError(f"{guilty.path}: {int((blank[0] | blank[1]).sum())} of {len(blank[0])} "
+                         "slices inside the brain are blank; leave the pair out")
     figures = {
         "t2w_coverage": f"{coverage:.4f}", "cut_share": f"{x_place.cut_share:.4f}",
         "slice_spacing_mm": f"{grid.spacing_mm[2]:.4f}", "first_slice": str(keep.start),

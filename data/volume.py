@@ -1,4 +1,4 @@
-"""NIfTI volumes and arrays: read, reorient, resample, scale, crop, slice, and each inverse beside it.
+"""NIfTI volumes and arrays: read, reorient, resample, scale, crop, slice; each inverse beside it.
 
 Owns the geometry and the intensities of one volume. Two volumes of one head are brought together in
 `data/registration.py`, brains are found in `data/brain.py`, files are chosen in `data/bids.py`.
@@ -25,8 +25,8 @@ from scipy import ndimage
 BACKGROUND = -1.0
 MIN_SLICES = 8  # fewer along an axis is a localiser or a strip, not a head
 UPPER_PERCENTILE = 99.5
-# A few voxels below zero are leftovers of somebody's interpolation; more means that zero is no longer
-# "no signal" (a z-scored volume, say).
+# A few voxels below zero are leftovers of somebody's interpolation; more means that zero is no
+# longer "no signal" (a z-scored volume, say).
 NEGATIVE_SHARE = 0.02
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -119,11 +119,11 @@ def _read_bytes(path: Path) -> bytes:
 
 def _decode(path: Path, content: bytes) -> Any:
     """A NIfTI-1 or NIfTI-2 image from a file's decompressed bytes."""
-    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}  # type: ignore
+    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
     kind = nib.Nifti1Image if 348 in sizes else nib.Nifti2Image if 540 in sizes else None
     if kind is None:
-        start = content[:24].decode("ascii", "replace").strip().replace("\n", " ")
-        what = "an empty file" if not content else f"it starts with '{start}'"
+        start = "".join(c for c in content[:24].decode("ascii", "ignore") if c.isprintable())
+        what = f"it starts with '{start}'" if content else "an empty file"
         raise ValueError(f"{path}: not a NIfTI file ({what}); fetch or convert the file again")
     try:
         return kind.from_bytes(content)
@@ -151,8 +151,8 @@ def _check_geometry(path: Path, image: Any) -> None:
     spacing = nib.affines.voxel_sizes(affine)
     if abs(np.linalg.det(affine[:3, :3])) < 1e-6 or spacing.min() < 0.05 or spacing.max() > 20:
         raise ValueError(
-            f"{path}: affine {np.round(affine[:3, :3], 3).tolist()} gives no usable voxel size in mm; "
-            "repair qform and sform"
+            f"{path}: affine {np.round(affine[:3, :3], 3).tolist()} gives no usable voxel size in "
+            "mm; repair qform and sform"
         )
 
 
@@ -162,8 +162,9 @@ def _voxels(path: Path, image: Any) -> np.ndarray:
     if dtype.kind not in "iufb":
         raise ValueError(f"{path}: voxel type {dtype} is not a plain number; convert the file")
     try:
-        data = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+        with np.errstate(over="ignore"):  # what float32 cannot hold is said below
+            data = np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise ValueError(
             f"{path}: damaged or cut off ({error}); fetch or convert the file again"
         ) from None
@@ -177,7 +178,7 @@ def _voxels(path: Path, image: Any) -> np.ndarray:
 
 
 def write_like(volume: Volume, data: np.ndarray, path: str | os.PathLike) -> None:
-    """Write RAS data on the grid, axis order, affine and header of the file that `volume` came from.
+    """Write RAS data on the grid, in the axis order and with the header of `volume`'s own file.
 
     Parameters
     ----------
@@ -317,7 +318,7 @@ def resample(data: np.ndarray, affine: np.ndarray, grid: Grid, *,
     """
     matrix = np.eye(4) if matrix is None else matrix
     if np.array_equal(matrix, np.eye(4)) and same_grid(Grid(data.shape, affine), grid, 1e-6):
-        return data.copy() if data.dtype == bool else data.astype(np.float32)  # type: ignore
+        return data.astype(bool if data.dtype == bool else np.float32)
     if nearest:
         source = to_sitk(data.astype(np.uint8) if data.dtype == bool else data, affine)
         how = sitk.sitkNearestNeighbor
@@ -328,7 +329,7 @@ def resample(data: np.ndarray, affine: np.ndarray, grid: Grid, *,
     out = sitk.Resample(source, list(grid.shape), sitk_affine(matrix), how, target.GetOrigin(),
                         target.GetSpacing(), target.GetDirection(), 0.0)
     array = sitk.GetArrayFromImage(out).transpose(2, 1, 0)
-    return np.ascontiguousarray(array.astype(bool) if data.dtype == bool else array)
+    return np.ascontiguousarray(array, dtype=bool if data.dtype == bool else np.float32)
 
 
 def _antialias(data: np.ndarray, affine: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -411,7 +412,7 @@ def unscale(scaled: np.ndarray, by: IntensityScale) -> np.ndarray:
 
 def crop_or_pad(data: np.ndarray, centre: tuple[int, int], size: int,
                 fill: float = BACKGROUND) -> np.ndarray:
-    """Cut (I, J, K) to (size, size, K) around voxel `centre` (i, j); pads with `fill`, never stretches."""
+    """Cut (I, J, K) to (size, size, K) around voxel `centre` (i, j), or pad it with `fill`."""
     out = np.full((size, size, data.shape[2]), fill, dtype=data.dtype)
     inner, outer = _overlap(data.shape, centre, size)
     out[outer] = data[inner]

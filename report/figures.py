@@ -38,8 +38,9 @@ def examples(chosen: Sequence[Example], source_name: str, target_name: str) -> b
     names = (f"{source_name} (input)", f"{target_name} translated", f"{target_name} real",
              "absolute error")
     for row, example in zip(axes, chosen):
+        pictures = (example.source, example.translated, example.real)
         error = np.where(example.mask, np.abs(example.translated - example.real), 0)
-        for axis, picture, name in zip(row, (example.source, example.translated, example.real), names):
+        for axis, picture, name in zip(row, pictures, names):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(name, fontsize=9)
         shown = row[3].imshow(error, cmap="inferno", vmin=0, vmax=0.5, interpolation="nearest")
@@ -87,7 +88,7 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]
     ----------
     rows : (caption, t1w, t2w, mask), each of n slices (n, H, W) in [0, 1] (mask bool)
     """
-    figure = Figure(figsize=(12, 0.3 + 1.45 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(12, 0.2 + 1.15 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (caption, t1w, t2w, mask) in zip(axes, rows):
         parts = [np.concatenate(list(part), axis=1) for part in (t1w, t2w, checkerboard(t1w, t2w))]

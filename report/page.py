@@ -22,7 +22,8 @@ def page(title: str, parts: Sequence[str]) -> str:
     """A whole page from parts made by the functions below."""
     return (f"<!DOCTYPE html>\n<html lang='en'>\n<meta charset='utf-8'>\n"
             f"<meta name='viewport' content='width=device-width'>\n<title>{escape(title)}</title>\n"
-            f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</html>\n")
+            f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
+            + "\n".join(parts) + "\n</html>\n")
 
 
 def heading(text: str) -> str:
@@ -38,7 +39,8 @@ def paragraph(text: str, kind: str = "") -> str:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text."""
     head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>"
+                     for row in rows)
     return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
 
 

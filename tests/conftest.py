@@ -1,8 +1,8 @@
 """Synthetic heads for all tests: ellipsoids with the contrasts of T1w and T2w, painted on any grid.
 
-A head is a function of world coordinates (RAS mm), so a scan on any grid, in any orientation and after
-any rigid movement is exact: nothing is interpolated. Left and right, front and back, top and bottom all
-differ. The brain has 1.2 to 1.7 litres.
+A head is a function of world coordinates (RAS mm), so a scan on any grid, in any orientation and
+after any rigid movement is exact: nothing is interpolated. Left and right, front and back, top and
+bottom all differ. The brain has 1.2 to 1.6 litres.
 """
 
 import json
@@ -52,7 +52,7 @@ def paint(shape, affine, suffix="T1w", *, person=0, extracted=True, matrix=None)
 
 
 def lay_affine(shape, spacing, axes="RAS", *, turn_deg=(0, 0, 0), middle=(0, 0, 0)):
-    """(4, 4) affine with its axes towards `axes`, turned about x, y, z, its box's middle at `middle`."""
+    """(4, 4) affine: axes towards `axes`, turned about x, y, z; the box's middle at `middle`."""
     towards = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
     affine = np.eye(4)
     affine[:3, :3] = 0
@@ -83,8 +83,8 @@ def write_pair(root, label, *, session="", shape=(38, 48, 29), spacing=(4, 4, 5)
                mask=False):
     """Write a subject of a BIDS tree; returns its `anat` folder.
 
-    `only` leaves out the other scan, `mask` adds a *_desc-brain_mask.nii.gz beside T1w; T2w stands on
-    T1w's grid unless it gets a grid of its own, and `matrix` is where the head moved before T2w.
+    `only` leaves out the other scan, `mask` adds a *_desc-brain_mask.nii.gz beside T1w; T2w stands
+    on T1w's grid unless it gets a grid of its own; `matrix` is how the head moved before T2w.
     """
     root.mkdir(parents=True, exist_ok=True)
     about = {"Name": root.name, "BIDSVersion": "1.8.0", "License": "CC0"}
@@ -99,7 +99,8 @@ def write_pair(root, label, *, session="", shape=(38, 48, 29), spacing=(4, 4, 5)
     for suffix, (size, place, move) in grids.items():
         if only in (None, suffix):
             data = paint(size, place, suffix, person=person, extracted=extracted, matrix=move)
-            nib.Nifti1Image(data.astype(dtype), place).to_filename(anat / f"{stem}_{suffix}{ending}")
+            scan = nib.Nifti1Image(data.astype(dtype), place)
+            scan.to_filename(anat / f"{stem}_{suffix}{ending}")
     if mask:
         data = paint(shape, affine, person=person) > 0
         name = anat / f"{stem}_desc-brain_mask.nii.gz"
@@ -118,7 +119,7 @@ def small_tree(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_store(small_tree, tmp_path_factory):
-    """The slice store of `small_tree`, 48 pixels of 4 mm; 3 train, 1 val, 1 test; for reading only."""
+    """The slice store of `small_tree`: 48 pixels of 4 mm; 3 train, 1 val, 1 test; only to read."""
     import preprocess
 
     out = tmp_path_factory.mktemp("store") / "slices"

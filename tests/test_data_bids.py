@@ -1,0 +1,202 @@
+"""Which files of a tree are taken: names only, so all files here are empty."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data import bids
+
+BOTH = ("sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz")
+
+
+def grow(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def names(subjects):
+    return [(s.id, s.t1w.name, s.t2w.name) for s in subjects]
+
+
+def test_subjects_and_sessions_are_paired_each_for_itself(tmp_path):
+    root = grow(tmp_path / "study", *BOTH,
+                "sub-02/ses-b/anat/sub-02_ses-b_T1w.nii", "sub-02/ses-b/anat/sub-02_ses-b_T2w.nii",
+                "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz",
+                "sub-02/ses-a/anat/sub-02_ses-a_T2w.nii.gz")
+    subjects, missing = bids.find_subjects(root)
+    assert names(subjects) == [
+        ("study_sub-01", "sub-01_T1w.nii.gz", "sub-01_T2w.nii.gz"),
+        ("study_sub-02_ses-a", "sub-02_ses-a_T1w.nii.gz", "sub-02_ses-a_T2w.nii.gz"),
+        ("study_sub-02_ses-b", "sub-02_ses-b_T1w.nii", "sub-02_ses-b_T2w.nii")]
+    assert [(s.dataset, s.subject, s.session) for s in subjects] == [
+        ("study", "01", ""), ("study", "02", "a"), ("study", "02", "b")]
+    assert missing == {}
+
+
+def test_a_scan_without_its_twin_in_the_same_session_is_named_with_the_reason(tmp_path):
+    root = grow(tmp_path / "study", *BOTH, "sub-02/anat/sub-02_T2w.nii.gz",
+                "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz",
+                "sub-03/ses-2/anat/sub-03_ses-2_T2w.nii.gz", "sub-04/anat/sub-04_FLAIR.nii.gz")
+    subjects, missing = bids.find_subjects(root)
+    assert [s.id for s in subjects] == ["study_sub-01"]
+    assert missing == {
+        "study_sub-02": "sub-02/anat: has a T2w but no T1w",
+        "study_sub-03_ses-1": "sub-03/ses-1/anat: has a T1w but no T2w",
+        "study_sub-03_ses-2": "sub-03/ses-2/anat: has a T2w but no T1w"}
+
+
+@pytest.mark.parametrize("better, worse", [
+    ("sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz"),
+    ("sub-01_run-2_T1w.nii.gz", "sub-01_run-10_T1w.nii.gz"),
+    ("sub-01_run-02_T1w.nii.gz", "sub-01_run-10_T1w.nii.gz"),
+    ("sub-01_T1w.nii.gz", "sub-01_run-1_T1w.nii.gz"),
+    ("sub-01_run-2_T1w.nii.gz", "sub-01_acq-a_run-1_T1w.nii.gz"),
+    ("sub-01_T1w.nii.gz", "sub-01_acq-mprage_T1w.nii.gz"),
+    ("sub-01_acq-a_T1w.nii.gz", "sub-01_acq-b_T1w.nii.gz"),
+    ("sub-01_acq-x_rec-norm_T1w.nii.gz", "sub-01_ce-gadolinium_T1w.nii.gz"),
+    ("sub-01_acq-x_rec-norm_T1w.nii.gz", "sub-01_desc-preproc_T1w.nii.gz"),
+    ("sub-01_run-1_T1w.nii.gz", "sub-01_space-MNI152NLin6Asym_T1w.nii.gz"),
+    ("sub-01_part-mag_T1w.nii.gz", "sub-01_part-phase_T1w.nii.gz"),
+    ("sub-01_T1w.nii.gz", "sub-01_T1w.nii"),
+])
+def test_of_several_scans_the_first_in_the_documented_order_is_taken(better, worse, tmp_path):
+    for order in ((better, worse), (worse, better)):
+        root = grow(tmp_path / order[0], *(f"sub-01/anat/{n}" for n in order), BOTH[1])
+        assert bids.find_subjects(root)[0][0].t1w.name == better
+
+
+def test_phase_and_complex_parts_are_never_taken(tmp_path):
+    root = grow(tmp_path / "study", BOTH[1], *(f"sub-01/anat/sub-01_part-{p}_T1w.nii.gz"
+                                               for p in ("phase", "real", "imag")))
+    assert bids.find_subjects(root)[1] == {"study_sub-01": "sub-01/anat: has a T2w but no T1w"}
+
+
+@pytest.mark.parametrize("stray", [
+    "._sub-01_T1w.nii.gz", ".sub-01_T1w.nii.gz", "sub-01_T1w.hdr", "sub-01_T1w.img",
+    "sub-01_T1w.json", "sub-01_T1w.nii.gz.part", "sub-01_T1w.nii.bz2", "T1w.nii.gz",
+    "sub-01_mytag_T1w.nii.gz", "copy-of_sub-01_T1w.nii.gz", "sub-01_T1w.mgz", "sub-01_T1W.nii.gz",
+])
+def test_hidden_and_foreign_files_are_no_scans(stray, tmp_path):
+    root = grow(tmp_path / "study", f"sub-01/anat/{stray}", BOTH[1])
+    (root / "sub-01" / "anat" / "sub-01_acq-folder_T1w.nii.gz").mkdir()
+    assert bids.find_subjects(root) == ([], {"study_sub-01": "sub-01/anat: has a T2w but no T1w"})
+
+
+def test_a_scan_that_bears_another_subjects_or_sessions_name_is_not_taken(tmp_path):
+    """Else a copied folder would put one head into two splits."""
+    root = grow(tmp_path / "study", *BOTH, "sub-02/anat/sub-01_T1w.nii.gz",
+                "sub-02/anat/sub-01_T2w.nii.gz", "sub-03/ses-2/anat/sub-03_ses-1_T1w.nii.gz",
+                "sub-03/ses-2/anat/sub-03_ses-2_T2w.nii.gz", "sub-04/ses-1/anat/sub-04_T1w.nii.gz",
+                "sub-04/ses-1/anat/sub-04_T2w.nii.gz")
+    subjects, missing = bids.find_subjects(root)
+    assert [s.id for s in subjects] == ["study_sub-01", "study_sub-04_ses-1"]
+    assert sorted(missing) == ["study_sub-02", "study_sub-03_ses-2"]
+    assert missing["study_sub-02"].startswith("sub-02/anat/sub-01_T1w.nii.gz: bears another name")
+
+
+def test_links_to_nothing_are_found_like_files(tmp_path):
+    """An annexed file that was not fetched is a reason to skip, not a subject without T1w."""
+    root = grow(tmp_path / "study", BOTH[1])
+    (root / BOTH[0]).symlink_to("../../.git/annex/objects/none")
+    assert [s.id for s in bids.find_subjects(root)[0]] == ["study_sub-01"]
+
+
+def test_a_folder_that_is_no_tree_is_refused_with_an_example(tmp_path):
+    grow(tmp_path / "study", *BOTH)
+    for folder in (tmp_path, tmp_path / "study" / "sub-01", tmp_path / "study" / "sub-01" / "anat"):
+        with pytest.raises(ValueError, match=r"no T1w or T2w found.*sub-01/anat/sub-01_T1w.nii.gz"):
+            bids.find_subjects(folder)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        bids.find_subjects(tmp_path / "nowhere")
+
+
+def test_the_dataset_is_called_like_its_folder_without_signs_that_ids_use(tmp_path, monkeypatch):
+    assert bids.dataset_name(Path("/data/my study_2")) == "my-study-2"
+    assert bids.dataset_name(Path("/data/ds002330/")) == "ds002330"
+    assert bids.dataset_name(Path("/")) == "bids"
+    monkeypatch.chdir(tmp_path)
+    assert bids.dataset_name(Path(".")) == bids.dataset_name(tmp_path)
+
+
+def mask_of(root, *masks, t1w="sub-01_T1w.nii.gz", session=""):
+    grow(root, *masks)
+    anat = root / "sub-01" / (f"ses-{session}/anat" if session else "anat")
+    subject = bids.Subject("study", "01", session, root, anat / t1w, anat / "sub-01_T2w.nii.gz")
+    return bids.brain_mask_path(subject).relative_to(root).as_posix()
+
+
+@pytest.mark.parametrize("better, worse", [
+    ("sub-01/anat/sub-01_desc-brain_mask.nii.gz",
+     "derivatives/a/sub-01/anat/sub-01_desc-brain_mask.nii.gz"),
+    ("derivatives/a/sub-01/anat/sub-01_desc-brain_mask.nii.gz",
+     "derivatives/b/sub-01/anat/sub-01_desc-brain_mask.nii.gz"),
+    ("derivatives/a/sub-01/anat/sub-01_desc-brain_mask.nii.gz",
+     "derivatives/a/sub-01/anat/sub-01_space-MNI152_desc-brain_mask.nii.gz"),
+    ("derivatives/a/sub-01/anat/sub-01_space-T1w_desc-brain_mask.nii",
+     "derivatives/a/sub-01/anat/sub-01_desc-lesion_mask.nii.gz"),
+    ("derivatives/sub-01/anat/sub-01_desc-brain_mask.nii.gz",
+     "derivatives/a/sub-02/anat/sub-02_desc-brain_mask.nii.gz"),
+    ("derivatives/a/sub-01/anat/sub-01_desc-brain_mask.nii.gz",
+     "derivatives/a/sub-01/anat/sub-01_run-2_desc-brain_mask.nii.gz"),
+])
+def test_the_brain_mask_of_the_t1w_is_found(better, worse, tmp_path):
+    assert mask_of(tmp_path, worse, better) == better
+
+
+def test_of_several_masks_the_one_of_the_same_run_and_acquisition_is_taken(tmp_path):
+    stem = "derivatives/a/sub-01/anat/sub-01"
+    masks = (f"{stem}_acq-a_run-1_desc-brain_mask.nii.gz",
+             f"{stem}_acq-b_run-1_desc-brain_mask.nii.gz",
+             f"{stem}_acq-b_run-2_desc-brain_mask.nii.gz", f"{stem}_desc-brain_mask.nii.gz")
+    for t1w, mask in (("acq-b_run-2", masks[2]), ("acq-b_run-1", masks[1]), ("acq-c", masks[3])):
+        assert mask_of(tmp_path, *masks, t1w=f"sub-01_{t1w}_T1w.nii.gz") == mask
+
+
+def test_a_mask_of_another_run_is_not_taken(tmp_path):
+    with pytest.raises(FileNotFoundError, match="sub-01_run-1_T1w.nii.gz: no"):
+        mask_of(tmp_path, "sub-01/anat/sub-01_run-2_desc-brain_mask.nii.gz",
+                "sub-01/anat/sub-01_acq-x_desc-brain_mask.nii.gz", t1w="sub-01_run-1_T1w.nii.gz")
+
+
+def test_a_session_takes_its_own_mask_only(tmp_path):
+    own = "derivatives/a/sub-01/ses-2/anat/sub-01_ses-2_desc-brain_mask.nii.gz"
+    others = ("derivatives/a/sub-01/ses-1/anat/sub-01_ses-1_desc-brain_mask.nii.gz",
+              "derivatives/a/sub-01/ses-2/anat/sub-01_ses-1_desc-brain_mask.nii.gz")
+    t1w = "sub-01_ses-2_T1w.nii.gz"
+    with pytest.raises(FileNotFoundError, match=f"{t1w}: no .*_desc-brain_mask.nii.gz beside it"):
+        mask_of(tmp_path, *others, t1w=t1w, session="2")
+    assert mask_of(tmp_path, own, t1w=t1w, session="2") == own
+
+
+def test_the_trees_own_description_is_read_and_never_trusted_to_be_there(tmp_path):
+    empty = {"dataset": "d", "name": "", "snapshot": "", "doi": "", "license": ""}
+    assert bids.describe(tmp_path, "d") == empty
+    for text in ("not json", "[1, 2]", '{"Name": null}'):
+        (tmp_path / "dataset_description.json").write_text(text)
+        assert bids.describe(tmp_path, "d")["doi"] == ""
+    (tmp_path / "dataset_description.json").write_text(json.dumps(
+        {"Name": "Heads", "DatasetDOI": "doi:10.1/x", "License": "CC0"}))
+    assert bids.describe(tmp_path, "d") == {**empty, "name": "Heads", "doi": "doi:10.1/x",
+                                            "license": "CC0"}
+
+
+def test_a_single_file_finds_its_subject_and_the_mask_of_its_tree(tmp_path, monkeypatch):
+    grow(tmp_path, "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz",
+         "derivatives/a/sub-01/ses-2/anat/sub-01_ses-2_desc-brain_mask.nii.gz")
+    monkeypatch.chdir(tmp_path / "sub-01")
+    subject = bids.subject_of(Path("ses-2/anat/sub-01_ses-2_T1w.nii.gz"))
+    assert (subject.subject, subject.session, subject.root) == ("01", "2", tmp_path)
+    assert bids.brain_mask_path(subject).name == "sub-01_ses-2_desc-brain_mask.nii.gz"
+    with pytest.raises(ValueError, match="scan.nii.gz: not named by the rules of BIDS"):
+        bids.subject_of(Path("scan.nii.gz"))
+
+
+def test_an_annexed_file_finds_its_subject_by_where_its_link_stands(tmp_path):
+    grow(tmp_path, ".git/annex/objects/ab/content")
+    link = tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("../../.git/annex/objects/ab/content")
+    assert bids.subject_of(link).root == tmp_path

@@ -1,0 +1,154 @@
+"""Brain masks: in extracted volumes, from files, by deepbet; and what is believed of them."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import lay_affine, paint
+from nibabel.affines import apply_affine
+
+from data import brain
+from data.volume import read_volume, volume_from_image
+
+SHAPE = (38, 48, 29)
+AFFINE = lay_affine(SHAPE, (4, 4, 5))
+REAL = Path(__file__).parents[2] / "shared" / "data" / "bids-raw"
+
+
+def scan(data, affine=AFFINE, path="t1w.nii"):
+    return volume_from_image(nib.Nifti1Image(np.asarray(data, np.float32), affine), path)
+
+
+def head(**how):
+    return paint(SHAPE, AFFINE, **how)
+
+
+def test_the_brain_of_an_extracted_volume_is_where_it_is_not_zero_with_holes_filled():
+    data = head()
+    full = data > 0
+    data[19:22, 24:27, 14:17] = 0  # a lesion that somebody set to zero
+    assert (data > 0).sum() < full.sum()
+    np.testing.assert_array_equal(brain.nonzero_mask(scan(data)), full)
+    np.testing.assert_array_equal(brain.signal_mask(scan(data)), data > 0)
+
+
+def test_few_negative_values_around_a_brain_are_background():
+    data = head()
+    full = data > 0
+    data[2:5, 2:5, 2:5] = -0.5
+    np.testing.assert_array_equal(brain.nonzero_mask(scan(data)), full)
+
+
+def test_in_a_standardised_volume_negative_values_are_brain():
+    data = head()
+    full = data > 0
+    data = np.where(full, (data - data[full].mean()) / data[full].std(), 0)
+    assert (data[full] < 0).mean() > 0.3
+    np.testing.assert_array_equal(brain.nonzero_mask(scan(data)), full)
+
+
+def test_a_given_mask_on_t1ws_grid_is_taken_as_it_is_in_any_orientation(tmp_path):
+    full = head() > 0
+    for axes in ("RAS", "LPS", "PIR"):
+        image = nib.as_closest_canonical(nib.Nifti1Image(full.astype(np.uint8) * 255, AFFINE))
+        turn = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)),
+                                               nib.orientations.axcodes2ornt(axes))
+        image.as_reoriented(turn).to_filename(tmp_path / f"{axes}.nii.gz")
+        np.testing.assert_array_equal(brain.given_mask(tmp_path / f"{axes}.nii.gz", scan(head())),
+                                      full)
+
+
+def test_a_given_mask_on_another_grid_is_brought_to_t1ws_by_world_coordinates(tmp_path):
+    shape = (76, 90, 70)
+    affine = lay_affine(shape, 2.3, "LPS", turn_deg=(0, 10, 20), middle=(3, 0, 0))
+    mask = paint(shape, affine) > 0
+    nib.Nifti1Image(mask.astype(np.uint8), affine).to_filename(tmp_path / "mask.nii.gz")
+    got = brain.given_mask(tmp_path / "mask.nii.gz", scan(head()))
+    assert got.shape == SHAPE and (got != (head() > 0)).mean() < 0.01
+    for axis in range(3):
+        assert (np.roll(got, 1, axis) != (head() > 0)).mean() > 0.02
+
+
+def test_a_mask_of_another_scan_is_refused(tmp_path):
+    far = AFFINE.copy()
+    far[:3, 3] += 500
+    nib.Nifti1Image((head() > 0).astype(np.uint8), far).to_filename(tmp_path / "mask.nii.gz")
+    with pytest.raises(ValueError, match="mask.nii.gz: does not overlap t1w.nii"):
+        brain.given_mask(tmp_path / "mask.nii.gz", scan(head()))
+
+
+def test_small_stray_pieces_are_dropped_and_the_volume_is_that_of_what_stays():
+    mask = head() > 0
+    strayed = mask.copy()
+    strayed[0:3, 0:3, 0:3] = True
+    kept, brain_ml = brain.judge_mask(strayed, scan(head()))
+    np.testing.assert_array_equal(kept, mask)
+    assert brain_ml == pytest.approx(mask.sum() * 4 * 4 * 5 / 1000)
+
+
+def test_a_mask_in_large_pieces_is_refused():
+    mask = head() > 0
+    mask[:, 22:25] = False
+    with pytest.raises(ValueError, match=r"t1w.nii: brain mask is in pieces \(4\d% apart"):
+        brain.judge_mask(mask, scan(head()))
+
+
+def test_a_mask_too_small_or_too_large_for_a_brain_is_refused_with_both_figures():
+    full = head() > 0
+    small = full & (np.arange(SHAPE[2]) < 8)
+    with pytest.raises(ValueError, match=r"has \d\d\d ml, believed are 800 to 2000; .*--brain-ml"):
+        brain.judge_mask(small, scan(head()))
+    brain_ml = brain.judge_mask(full, scan(head()))[1]
+    with pytest.raises(ValueError, match="believed are 10 to 900"):
+        brain.judge_mask(full, scan(head()), limits_ml=(10, 900))
+    assert brain.judge_mask(full, scan(head()), limits_ml=(10, brain_ml + 1))[1] == brain_ml
+    with pytest.raises(ValueError, match="has 0 ml"):
+        brain.judge_mask(np.zeros(SHAPE, bool), scan(head()))
+
+
+def test_a_mask_that_touches_all_six_sides_is_no_brain():
+    shape = (30, 30, 30)
+    everything = scan(np.random.default_rng(0).uniform(1, 2, shape), lay_affine(shape, 4))
+    assert 800 < np.prod(shape) * 0.064 < 2000
+    with pytest.raises(ValueError, match="touches all six sides"):
+        brain.judge_mask(np.ones(shape, bool), everything)
+
+
+def test_extracted_volumes_are_told_from_whole_heads():
+    shape = (46, 56, 44)
+    affine = lay_affine(shape, 4)
+    assert brain.looks_extracted(scan(head()))
+    assert not brain.looks_extracted(scan(paint(shape, affine, extracted=False), affine))
+    noise = np.abs(np.random.default_rng(0).normal(0, 5, shape))
+    assert not brain.looks_extracted(scan(paint(shape, affine, extracted=False) + noise, affine))
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'bet' is unknown; choose one of hd-bet, deepbet, mask"):
+        brain.make_extractor("bet")
+    assert brain.make_extractor("none") is brain.nonzero_mask
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real scans of ../shared/data")
+def test_deepbet_finds_the_same_brain_in_a_real_head_however_its_axes_run(tmp_path):
+    pytest.importorskip("deepbet")
+    extract = brain.make_extractor("deepbet")
+    t1w = read_volume(next(REAL.glob("sub-msp01/anat/*_T1w.nii.gz")))
+    thinned = t1w.data[::2, ::2]  # 1.4 x 1.4 x 3 mm
+    affine = t1w.affine @ np.diag([2, 2, 1, 1])
+    straight = scan(thinned, affine)
+    flipped = nib.Nifti1Image(thinned, affine).as_reoriented(np.array([[1, -1], [0, -1], [2, 1]]))
+    flipped.to_filename(tmp_path / "turned.nii.gz")
+    masks = []
+    for volume in (straight, read_volume(tmp_path / "turned.nii.gz")):
+        mask, brain_ml = brain.judge_mask(extract(volume), volume)
+        assert mask.shape == volume.data.shape and 1000 < brain_ml < 1800
+        masks.append(mask)
+    np.testing.assert_array_equal(*masks)
+    inside, around = thinned[masks[0]].mean(), thinned[~masks[0]].mean()
+    assert inside > 2 * around
+    centre = apply_affine(affine, np.argwhere(masks[0]).mean(0))
+    box = apply_affine(affine, (np.array(thinned.shape) - 1) / 2)
+    assert abs(centre[0] - box[0]) < 15, "the brain lies in the middle between left and right"
+    assert centre[2] > box[2] - 20, "and not in the neck"
