@@ -1,10 +1,24 @@
-"""Which device and which arithmetic the commands that run nets use."""
+"""What the commands that run nets use: device, arithmetic, and the processes beside this one."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import console
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -29,8 +43,8 @@ def choose_device(name: str, index: int = 0) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(number) if number else index
     if index >= count:
-        raise ValueError(f"--device {name}: asks for GPU {index}, there are {count} here; take another "
-                         "or cpu")
+        raise ValueError(f"--device {name}: asks for GPU {index}, there are {count} here; take "
+                         "another or cpu")
     return torch.device("cuda", index)
 
 
@@ -60,3 +74,115 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
     """Mixed precision for the nets' forward passes; nothing for float32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+# ----------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started (alone: rank 0 of 1).
+
+    The methods below are collective: all processes call them together.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and checkpoints."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value` in the order of ranks, on rank 0; [] on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over the processes, on all of them."""
+        if self.world == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on any process."""
+        if self.world == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return [flag > 0 for flag in raised.tolist()]
+
+
+def start_process(device: str) -> Process:
+    """Join the group of torchrun, if there is one: NCCL on CUDA, gloo on CPU.
+
+    Raises
+    ------
+    ValueError : no such device here, or fewer GPUs than processes
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    where = choose_device(device)
+    if world > 1 and where.type == "cuda":  # one GPU a process, whatever number was named
+        choose_device("cuda", int(os.environ["LOCAL_WORLD_SIZE"]) - 1)  # refused by all alike
+        where = choose_device("cuda", int(os.environ["LOCAL_RANK"]))
+    on_gpu = where.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(where)
+    if "RANK" in os.environ:  # a group of one, too: then it is the same program as with many
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
+                                device_id=where if on_gpu else None)
+    return Process(rank, world, where)
+
+
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """Let one process a machine tell an error that all meet: options, store, checkpoint, NaN.
+
+    torchrun adds a report of its own, and ends with 1 whatever the processes' exit codes are.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        yield
+        return
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (ValueError, FileNotFoundError, FloatingPointError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:  # --help
+            raise
+        # torchrun ends all when one has ended: the first must have spoken by then
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+        raise SystemExit(console.FAILED) from None
+
+
+# -------------------------------------------------------------------------------- random numbers
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The global random states of this process, in plain types."""
+    kind, keys, place, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(),
+             "numpy": [kind, [int(k) for k in keys], int(place), int(has_gauss), float(cached)],
+             "python": [version, list(internal), gauss]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on with the random numbers where `random_state` was asked."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), place, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -3,8 +3,8 @@
 torch's own torchrun reads each option before and after the script's name as a possible abbreviation
 of one of its own. It takes train.py's `--run` for `--run-path` and refuses the command as ambiguous
 (pytorch issue 120601; seen with torch 2.14 on Python 3.11). `make` puts this file in the place of
-torchrun in .venv. Elsewhere write `python torchrun.py --nproc_per_node=2 train.py --run DIR`, or put
-`--` before train.py.
+torchrun in .venv. Elsewhere write `python torchrun.py --nproc_per_node=2 train.py --run DIR`, or
+put `--` before train.py.
 """
 
 import argparse

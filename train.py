@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=2 train.py             the same on two GPUs, or two CPU processes
 
 Reads the store that preprocess.py built, writes `last.pt`, `best.pt`, `log.txt`, `metrics.jsonl`,
-`config.json`, samples and TensorBoard files into the run folder. Run again, it goes on from `last.pt`.
+`config.json`, samples and TensorBoard files into the run folder. Run again, it goes on from
+`last.pt`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ import contextlib
 import json
 import logging
 import math
-import os
-import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +30,35 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import console
 from data.augment import flip_left_right
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
-from data.store import SliceStore
-from device import PRECISIONS, autocast, choose_device, choose_precision
+from data.store import SPLITS, SliceStore, write_atomically
+from device import (PRECISIONS, Process, autocast, choose_precision, first_speaks, random_state,
+                    set_random_state, start_process)
 from losses.adversarial import GAN_KINDS, discriminator_loss, generator_loss
 from losses.consistency import cycle_loss, identity_loss
 from losses.history import ImageHistory
 from losses.quality import psnr_db, ssim
 from models import checkpoint
-from models.cyclegan import EMA, CycleGAN, init_weights, unwrap
-from models.generator import default_blocks
+from models.cyclegan import EMA, CycleGAN, init_weights
+from models.generator import UPSAMPLING, default_blocks
 
 log = logging.getLogger("train")
 TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "D_X", "D_Y")
-# These may differ when a run goes on; any other option changes what is learnt.
+NETS = ("G", "F", "D_X", "D_Y")
+# What a run may change when it goes on: nothing that is learnt from depends on these ...
 FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "device", "precision",
                   "workers", "log_every", "save_minutes", "keep_best")
+# ... and what it cannot, whatever is asked for: the weights would not fit.
+FIXED_ON_RESUME = ("features", "blocks", "upsample")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All options of a run and the only place with their defaults (Zhu et al. 2017, sec. 4 and 7.1).
+    """All options of a run and the only place with their defaults (Zhu et al. 2017, sec. 4, 7.1).
 
     Two differ from the paper: the identity weight is 0.1 (T1w and T2w contrast is inverted, and on
     real heads a weight of 5 taught copying), and G and F are averaged for use (`ema`).
@@ -125,18 +128,18 @@ HELP = {
         "keep_best": "checkpoints best_SSIM_EPOCH.pt kept",
     },
 }
-CHOICES = {"gan_loss": GAN_KINDS, "upsample": ("transpose", "nearest"),
-           "precision": PRECISIONS}
+CHOICES = {"gan_loss": GAN_KINDS, "upsample": UPSAMPLING, "precision": PRECISIONS}
 
 
 def parse_args(argv: list[str] | None) -> tuple[TrainConfig, argparse.Namespace]:
     """Command line, made from the fields of `TrainConfig`."""
-    parser = console.OneLineParser(description=__doc__, formatter_class=console.Formatter)
+    parser = console.OneLineParser(description=__doc__, formatter_class=console.Formatter,
+                                   allow_abbrev=False)
     defaults = TrainConfig()
     for title, options in HELP.items():
         group = parser.add_argument_group(title)
         for name, text in options.items():
-            value, flag = getattr(defaults, name), "--" + name.replace("_", "-")
+            value, flag = getattr(defaults, name), _flag(name)
             if isinstance(value, bool):
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value,
                                    help=text)
@@ -149,83 +152,60 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, argparse.Namespace]
                        help="go on from this checkpoint, or from last.pt, which must be there then "
                             "(without this option: from last.pt if it is there)")
     group.add_argument("--override", action="store_true",
-                       help="on resume, take options that differ from the checkpoint's")
+                       help="on resume, take options or subjects that differ from the checkpoint's")
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-    for name in ("lambda_cycle", "betas"):
-        pair = tuple(values[name])
-        values[name] = pair * 2 if name == "lambda_cycle" and len(pair) == 1 else pair
+    values["betas"] = tuple(values["betas"])
+    weights = tuple(values["lambda_cycle"])
+    values["lambda_cycle"] = weights * 2 if len(weights) == 1 else weights
     config = TrainConfig(**values)
     _check_config(config)
     return config, args
 
 
-def _check_config(config: TrainConfig) -> None:
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_config(c: TrainConfig) -> None:
+    """Refuse what would fail later, or never end."""
     least = {"epochs": 0, "epochs_decay": 0, "steps_per_epoch": 0, "max_steps": 0, "batch_size": 1,
              "features": 1, "blocks": 0, "history_size": 0, "workers": 0, "log_every": 1, "seed": 0,
              "keep_best": 0, "lambda_identity": 0, "save_minutes": 0}
     for name, low in least.items():
-        if not getattr(config, name) >= low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {low}")
-    if config.epochs + config.epochs_decay == 0:
+        if not low <= getattr(c, name) < math.inf:
+            raise ValueError(f"{_flag(name)} {getattr(c, name)}: must be at least {low}")
+    if c.epochs + c.epochs_decay == 0:
         raise ValueError("--epochs 0 --epochs-decay 0: nothing to train; raise one")
-    if len(config.lambda_cycle) != 2 or min(config.lambda_cycle) < 0:
-        raise ValueError(f"--lambda-cycle {config.lambda_cycle}: one or two numbers of at least 0")
-    if len(config.betas) != 2 or not all(0 <= b < 1 for b in config.betas):
-        raise ValueError(f"--betas {config.betas}: two numbers from 0 to below 1")
-    if not 0 < config.lr < 1 or not 0 <= config.ema < 1:
-        raise ValueError(f"--lr {config.lr} --ema {config.ema}: lr lies between 0 and 1, ema from 0 to "
+    if len(c.lambda_cycle) != 2 or not all(0 <= weight < math.inf for weight in c.lambda_cycle):
+        raise ValueError(f"--lambda-cycle {c.lambda_cycle}: one or two numbers of at least 0")
+    if len(c.betas) != 2 or not all(0 <= beta < 1 for beta in c.betas):
+        raise ValueError(f"--betas {c.betas}: two numbers from 0 to below 1")
+    if not 0 < c.lr < 1 or not 0 <= c.ema < 1:
+        raise ValueError(f"--lr {c.lr} --ema {c.ema}: lr lies between 0 and 1, ema from 0 to "
                          "below 1")
-
-
-# ------------------------------------------------------------------------------- the machine
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process among those that torchrun started (alone: rank 0 of 1)."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes logs and checkpoints."""
-        return self.rank == 0
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, in the order of ranks; all processes call it together."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
-
-def start_process(device: str) -> Process:
-    """Join the group of torchrun, if there is one: NCCL on CUDA, gloo on CPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    where = choose_device(device, local)
-    if world > 1 and where.type == "cuda":
-        where = choose_device("cuda", local)  # one GPU a process, whatever number was named
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-        torch.backends.cudnn.benchmark = True  # sizes never change
-    if world > 1:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    return Process(rank, world, where)
+    if Path(c.run).exists() and not Path(c.run).is_dir():
+        raise ValueError(f"--run {c.run}: is a file; name a folder")
 
 
 # ------------------------------------------------------------------------------ nets and state
 
 
 class Training:
-    """All that the next step depends on: nets, averages, optimisers, schedules, histories."""
+    """All that the next step depends on: nets, averages, optimisers, histories, place in the data.
 
-    def __init__(self, config: TrainConfig, process: Process, steps_per_epoch: int):
+    Parameters
+    ----------
+    config : of the run, with its number of blocks
+    process : this one
+    steps_per_epoch : steps, what the schedule counts in
+    preprocessing : record of how the slices were made, for the checkpoints
+    """
+
+    def __init__(self, config: TrainConfig, process: Process, steps_per_epoch: int,
+                 preprocessing: dict[str, Any] | None = None):
         self.config, self.process = config, process
+        self.steps_per_epoch, self.preprocessing = steps_per_epoch, preprocessing or {}
         nets = CycleGAN(config.features, config.blocks, config.upsample)
         init_weights(nets, torch.Generator().manual_seed(config.seed))
         self.nets = nets.to(process.device)
@@ -234,14 +214,6 @@ class Training:
             name: torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
             for name, parameters in (("generators", nets.generators()),
                                      ("discriminators", nets.discriminators()))}
-
-        def factor(step: int) -> float:
-            """Constant, then linearly to 0."""
-            past = step / steps_per_epoch - config.epochs
-            return 1.0 if past <= 0 else max(0.0, 1 - past / max(config.epochs_decay, 1e-9))
-
-        self.schedulers = {name: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-                           for name, optimizer in self.optimizers.items()}
         self.precision = choose_precision(config.precision, process.device)
         self.scaler = torch.amp.GradScaler(process.device.type,
                                            enabled=self.precision == torch.float16)
@@ -250,17 +222,32 @@ class Training:
         self.history = {name: ImageHistory(config.history_size, seed)
                         for name, seed in zip(("x", "y"), seeds)}
         self.flips = torch.Generator()
-        self.step = 0
-        self.slices_seen = 0
-        self.best: dict[str, Any] = {"t2w_ssim": -1.0, "epoch": -1, "kept": []}
-        self.G, self.F, self.D_X, self.D_Y = (self._wrap(net) for net in
-                                              (nets.G, nets.F, nets.D_X, nets.D_Y))
+        self.step = self.slices_seen = 0
+        self.epoch = self.epoch_step = 0  # epochs that are finished, steps of the one that is not
+        self.best: dict[str, Any] = {"t2w_ssim": -1.0, "epoch": -1, "kept": [], "judged_step": 0}
+        # of the terms since the last line of the log
+        self.sums, self.counted = torch.zeros(len(TERMS), device=process.device), 0
+        self.G, self.F, self.D_X, self.D_Y = (self._wrap(getattr(nets, name)) for name in NETS)
 
     def _wrap(self, net: nn.Module) -> nn.Module:
-        if self.process.world == 1:
+        if not dist.is_initialized():
             return net
         ids = [self.process.device.index] if self.process.device.type == "cuda" else None
-        return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(net, device_ids=ids)
+
+    @property
+    def last_step(self) -> int:
+        """The step that the run ends with."""
+        epochs = self.config.epochs + self.config.epochs_decay
+        left = (epochs - self.epoch) * self.steps_per_epoch - self.epoch_step
+        return min(self.step + left, self.config.max_steps or sys.maxsize)
+
+    @property
+    def learning_rate(self) -> float:
+        """Constant over `epochs`, then linear to 0 over `epochs_decay`."""
+        c = self.config
+        left = c.epochs + c.epochs_decay - self.epoch - self.epoch_step / self.steps_per_epoch
+        return c.lr * min(1.0, left / c.epochs_decay) if c.epochs_decay else c.lr
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision for the nets' forward passes; the losses compute in float32."""
@@ -274,73 +261,96 @@ class Training:
         self.flips.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
         return flip_left_right(real_x, self.flips), flip_left_right(real_y, self.flips)
 
-    def state(self, epoch: int, epoch_step: int, preprocessing: dict) -> dict[str, Any] | None:
-        """What `last.pt` holds; None on other ranks than 0. All processes call it together."""
-        mine = {"history": {name: pool.state_dict() for name, pool in self.history.items()},
-                "rng": _random_state(self.process.device)}
-        every = self.process.gather(mine)
+    def mean_terms(self) -> dict[str, float]:
+        """Mean of each term since the last line of the log, over all processes (collective).
+
+        Raises
+        ------
+        FloatingPointError : one of them is NaN or infinite
+        """
+        means = self.process.mean(self.sums).div(max(self.counted, 1)).tolist()
+        self._complain("loss", [n for n, mean in zip(TERMS, means) if not math.isfinite(mean)])
+        return dict(zip(TERMS, means))
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError on NaN or infinite terms or weights (collective).
+
+        Called before anything is judged or saved: lost weights must not replace good ones.
+        """
+        self.mean_terms()
+        self._complain("weights of", [
+            name for name in NETS
+            if not all(bool(p.isfinite().all()) for p in getattr(self.nets, name).parameters())])
+
+    def _complain(self, what: str, names: list[str]) -> None:
+        if names:
+            raise FloatingPointError(
+                f"{what} {', '.join(names)} not finite by step {self.step} (epoch "
+                f"{self.epoch + 1}); last.pt has the state before, if one was saved; try a smaller "
+                "--lr, or --precision fp32")
+
+    def state(self) -> dict[str, Any] | None:
+        """What `last.pt` holds; None on other ranks than 0 (collective)."""
+        nets = {name: getattr(self.nets, name) for name in NETS}
+        every = self.process.gather({
+            "history": {name: _on_cpu(pool.state_dict()) for name, pool in self.history.items()},
+            "rng": random_state(self.process.device), "sums": self.sums.cpu()})
         if not self.process.is_main:
             return None
-        nets = {name: unwrap(getattr(self.nets, name)).state_dict()
-                for name in ("G", "F", "D_X", "D_Y")}
         return {
-            **self.inference_state(epoch, preprocessing),
-            "generators": {name: nets[name] for name in ("G", "F")},
-            "discriminators": {name: nets[name] for name in ("D_X", "D_Y")},
+            **self.inference_state(self.epoch),
+            "generators": {name: nets[name].state_dict() for name in ("G", "F")},
+            "discriminators": {name: nets[name].state_dict() for name in ("D_X", "D_Y")},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-            "schedulers": {name: s.state_dict() for name, s in self.schedulers.items()},
+            "schedulers": {"steps_per_epoch": self.steps_per_epoch,
+                           "learning_rate": self.learning_rate},
             "scaler": self.scaler.state_dict(),
             "history": [part["history"] for part in every],
-            "sampler": {"epoch": epoch, "step": epoch_step, "world": self.process.world},
+            "sampler": {"epoch": self.epoch, "step": self.epoch_step,
+                        "world": self.process.world, "counted": self.counted,
+                        "sums": [part["sums"] for part in every]},
             "rng": [part["rng"] for part in every],
         }
 
-    def inference_state(self, epoch: int, preprocessing: dict) -> dict[str, Any]:
+    def inference_state(self, epoch: int) -> dict[str, Any]:
         """What `best.pt` holds."""
-        return {"config": _plain(asdict(self.config)), "preprocessing": _plain(preprocessing),
+        return {"config": _plain(asdict(self.config)), "preprocessing": _plain(self.preprocessing),
                 "step": self.step, "epoch": epoch, "slices_seen": self.slices_seen,
                 "ema": self.ema.state_dict(), "best": dict(self.best)}
 
-    def load(self, state: dict[str, Any]) -> tuple[int, int]:
-        """Take over a checkpoint; returns epoch and step inside it to go on with."""
-        for name in ("G", "F"):
-            getattr(self.nets, name).load_state_dict(state["generators"][name])
-        for name in ("D_X", "D_Y"):
-            getattr(self.nets, name).load_state_dict(state["discriminators"][name])
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint; what --override changes begins anew."""
+        for name in NETS:
+            part = "generators" if name in ("G", "F") else "discriminators"
+            getattr(self.nets, name).load_state_dict(state[part][name])
         self.ema.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-            self.schedulers[name].load_state_dict(state["schedulers"][name])
-        self.scaler.load_state_dict(state["scaler"] if self.scaler.is_enabled() else {})
+            for group in optimizer.param_groups:
+                group["betas"] = self.config.betas
+        if self.scaler.is_enabled() and state["scaler"]:  # empty where the run was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.slices_seen = state["step"], state["slices_seen"]
         self.best = dict(state["best"])
+        self.epoch = state["sampler"]["epoch"]
+        # on another number of processes an epoch has another number of steps
+        self.epoch_step = (state["sampler"]["step"] * self.steps_per_epoch
+                           // state["schedulers"]["steps_per_epoch"])
         rank = self.process.rank
         if rank < len(state["history"]):
             for name, pool in self.history.items():
-                pool.load_state_dict(state["history"][rank][name])
-            _set_random_state(state["rng"][rank])
-        return state["sampler"]["epoch"], state["sampler"]["step"]
+                if state["history"][rank][name]["size"] == pool.size:
+                    pool.load_state_dict(state["history"][rank][name])
+            set_random_state(state["rng"][rank])
+        if state["sampler"]["world"] == self.process.world:
+            self.sums += state["sampler"]["sums"][rank].to(self.sums.device)
+            self.counted = state["sampler"]["counted"]
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
-    kind, keys, place, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(),
-             "numpy": [kind, [int(k) for k in keys], int(place), int(has_gauss), float(cached)],
-             "python": [version, list(internal), gauss]}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    kind, keys, place, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), place, has_gauss, cached))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """Tensors to the CPU: sent from one process to another they would take up its own GPU there."""
+    return {key: value.cpu() if isinstance(value, Tensor) else value
+            for key, value in state.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -361,6 +371,9 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     c = t.config
     n = len(real_x)
     with_identity = c.lambda_identity > 0
+    for optimizer in t.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = t.learning_rate
 
     # G and F: fool D, come back, leave the target domain alone (eq. 3 with sec. 5.2).
     for net in (t.nets.D_X, t.nets.D_Y):
@@ -379,7 +392,8 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     loss = gan_g + gan_f + c.lambda_cycle[0] * cycle_x + c.lambda_cycle[1] * cycle_y
     identity_x = identity_y = torch.zeros((), device=real_x.device)
     if with_identity:
-        identity_x, identity_y = identity_loss(real_x, from_y[n:]), identity_loss(real_y, from_x[n:])
+        identity_x = identity_loss(real_x, from_y[n:])
+        identity_y = identity_loss(real_y, from_x[n:])
         loss = loss + c.lambda_identity * (identity_x + identity_y)
     t.scaler.scale(loss).backward()
     t.scaler.step(t.optimizers["generators"])
@@ -399,23 +413,11 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     t.scaler.update()  # once a step, for both
 
     t.ema.update(t.step)
-    with _no_order_warning():
-        for scheduler in t.schedulers.values():
-            scheduler.step()
     t.step += 1
+    t.epoch_step += 1
     t.slices_seen += n * t.process.world
     return torch.stack([gan_g, gan_f, cycle_x, cycle_y, identity_x, identity_y, loss_d_x,
                         loss_d_y]).detach()
-
-
-@contextlib.contextmanager
-def _no_order_warning():
-    """A skipped fp16 step looks to PyTorch like a scheduler that runs before its optimiser."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        yield
 
 
 # ---------------------------------------------------------------------------------- validation
@@ -423,22 +425,28 @@ def _no_order_warning():
 
 @torch.no_grad()
 def validate(t: Training, store: SliceStore) -> dict[str, float]:
-    """Brain SSIM and PSNR of the averaged G and F on the paired validation subjects.
+    """Brain SSIM and PSNR of the averaged G and F on the paired validation subjects (collective).
 
     Subjects are shared out among the processes and their figures gathered, so the result does not
-    depend on how many there are. Mean over a subject's slices, then over subjects; {} without any.
+    depend on how many there are. Mean over a subject's slices, then over subjects; {} without any,
+    and on other ranks than 0.
     """
-    subjects = paired_subjects(store, "val")
-    mine = [(i, _validate_subject(t, store, s)) for i, s in enumerate(subjects)
-            if i % t.process.world == t.process.rank]
+    subjects: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for session in paired_subjects(store, "val"):
+        subjects.setdefault((session["dataset"], session["subject"]), []).append(session)
+    rank, world = t.process.rank, t.process.world
+    mine = [(i, _validate_subject(t, store, sessions))
+            for i, sessions in enumerate(subjects.values()) if i % world == rank]
     parts = dict(pair for part in t.process.gather(mine) for pair in part)
     figures = [parts[i] for i in sorted(parts)]
-    return {name: float(np.mean([f[name] for f in figures])) for name in figures[0]} if figures else {}
+    names = figures[0] if figures else ()
+    return {name: float(np.mean([f[name] for f in figures])) for name in names}
 
 
-def _validate_subject(t: Training, store: SliceStore, subject: dict[str, Any]) -> dict[str, float]:
+def _validate_subject(t: Training, store: SliceStore,
+                      sessions: list[dict[str, Any]]) -> dict[str, float]:
     figures: dict[str, list[float]] = {}
-    for real_x, real_y, mask in paired_slices(store, subject):
+    for real_x, real_y, mask in (b for s in sessions for b in paired_slices(store, s)):
         real_x, real_y, mask = (v.to(t.process.device) for v in (real_x, real_y, mask))
         with t.autocast():
             fake_y, fake_x = t.ema.G(real_x), t.ema.F(real_y)
@@ -453,9 +461,9 @@ def _validate_subject(t: Training, store: SliceStore, subject: dict[str, Any]) -
 
 @torch.no_grad()
 def sample_grid(t: Training, store: SliceStore, count: int = 4) -> Tensor:
-    """Real, translated, cycled and identity slices, both ways, as one picture (3, H, W) in [0, 1].
+    """Draw the same `count` slices each epoch as one picture (3, H, W) in [0, 1], a row a slice.
 
-    Rows: T1w to T2w and back, then T2w to T1w and back, of the same `count` slices each epoch.
+    Columns: T1w, translated, cycled, identity, then T2w, translated, cycled, identity.
     """
     rows = store.rows("val")
     rows = rows if len(rows) else store.rows("train")
@@ -473,19 +481,31 @@ def sample_grid(t: Training, store: SliceStore, count: int = 4) -> Tensor:
 
 
 class RunLog:
-    """The run folder's `log.txt`, `metrics.jsonl` and TensorBoard files; silent on other ranks."""
+    """The run folder's `log.txt`, `metrics.jsonl` and TensorBoard files; silent on other ranks.
 
-    def __init__(self, folder: Path, process: Process):
+    Parameters
+    ----------
+    folder : of the run
+    process : this one
+    step : where the run goes on; what an interrupted one logged after it goes
+    """
+
+    def __init__(self, folder: Path, process: Process, step: int):
         self._on = process.is_main
-        if self._on:
-            folder.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(folder / "log.txt")
-            handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-            log.addHandler(handler)
-            self._board = SummaryWriter(str(folder / "tensorboard"))
-            self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        else:
-            log.setLevel(logging.ERROR)
+        if not self._on:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        self._handler.setFormatter(
+            logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(self._handler)
+        log.setLevel(logging.INFO)
+        metrics = folder / "metrics.jsonl"
+        before = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        kept = "".join(line + "\n" for line in before if _step_of(line) <= step)
+        write_atomically(metrics, kept.encode())
+        self._metrics = open(metrics, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line of metrics and one TensorBoard point a value; `kind` names the group."""
@@ -503,166 +523,219 @@ class RunLog:
             save_image(picture, path)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write out what is buffered, leave the logger as it was."""
         if self._on:
             self._board.close()
             self._metrics.close()
+            log.removeHandler(self._handler)
+            self._handler.close()
 
 
-def find_resume(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any] | None:
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinity where a kill cut the line short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def find_resume(config: TrainConfig, args: argparse.Namespace,
+                record: dict[str, Any]) -> tuple[dict[str, Any] | None, Path]:
     """The checkpoint to go on from: named, or `last.pt` of the run; None to start afresh.
+
+    Parameters
+    ----------
+    config, args : the command line
+    record : of the store's preprocessing; takes up the subjects that the checkpoint was trained on
 
     Raises
     ------
-    ValueError : the options differ from the checkpoint's (names them)
+    ValueError : options or data differ from the checkpoint's (names them)
     FileNotFoundError : `--resume` was given and there is nothing to resume
     """
     last = Path(args.resume) if args.resume else Path(config.run) / "last.pt"
-    if not last.exists() and checkpoint.previous(last).exists():
-        last = checkpoint.previous(last)  # killed between the two renames
+    before = checkpoint.previous(last)
+    if not last.exists() and before.exists():
+        last = before  # killed between the two renames
     if not last.exists() and args.resume is None:
-        return None
+        return None, last
     try:
         state = checkpoint.load(last, resume=True)
-    except ValueError:
-        if not checkpoint.previous(last).exists():
+    except ValueError as error:
+        if last == before or not before.exists():
             raise
-        log.warning("%s is damaged, going on from %s", last, checkpoint.previous(last))
-        state = checkpoint.load(checkpoint.previous(last), resume=True)
+        log.warning("%s; going on from %s", error, before)
+        last, state = before, checkpoint.load(before, resume=True)
+    _check_options(config, args, state, last)
+    _check_data(config, args, state, last, record)
+    return state, last
+
+
+def _check_options(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any],
+                   last: Path) -> None:
+    """Refuse options that change what is learnt."""
     now = _plain(asdict(config))
     changed = [name for name, value in state["config"].items()
                if name not in FREE_ON_RESUME and now.get(name) != value]
-    if changed and not args.override:
-        was = ", ".join(f"--{name.replace('_', '-')} {state['config'][name]} (now {now.get(name)})"
+    if args.override:
+        changed = [name for name in changed if name in FIXED_ON_RESUME]
+    if changed:
+        was = ", ".join(f"{_flag(name)} {state['config'][name]} (now {now.get(name)})"
                         for name in changed)
-        raise ValueError(f"{last}: was trained with {was}; give these again, add --override, or choose "
+        cure = "" if args.override else "add --override, "
+        raise ValueError(f"{last}: was trained with {was}; give these again, {cure}or choose "
                          "another --run")
-    log.info("resume from %s: epoch %d, step %d", last, state["epoch"], state["step"])
-    return state
 
 
-def save_best(t: Training, run: Path, figures: dict[str, float], epoch: int,
-              preprocessing: dict) -> None:
+def _check_data(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any], last: Path,
+                record: dict[str, Any]) -> None:
+    """Refuse slices made otherwise, and other subjects; add the subjects of before to `record`."""
+    trained = state["preprocessing"]
+    for name in ("size", "spacing_mm", "intensity"):
+        if trained[name] != record[name]:
+            raise ValueError(f"{config.slices}: made with {name} {record[name]}, {last} was "
+                             f"trained on {trained[name]}; point to that store with --slices, or "
+                             "choose another --run")
+    old, new = (set(r["subjects"]["train"]) for r in (trained, record))
+    if old != new and not args.override:
+        raise ValueError(f"{config.slices}: its train split differs from the one that {last} was "
+                         f"trained on, {sorted(old ^ new)[0]} for one; point to that store with "
+                         "--slices, add --override, or choose another --run")
+    record["subjects"]["train"] = sorted(old | new)  # evaluate.py refuses all that were ever seen
+
+
+def save_best(t: Training, figures: dict[str, float]) -> None:
     """Keep the averaged nets if they are the best so far, by T2w SSIM on the validation subjects.
 
     `best.pt` is the best, `best_SSIM_EPOCH.pt` the top few. Without validation subjects `best.pt`
     is simply the latest.
     """
-    value = figures.get("t2w_ssim")
+    run, epoch, value = Path(t.config.run), t.epoch + 1, figures.get("t2w_ssim")
+    if value is None or value > t.best["t2w_ssim"] or not (run / "best.pt").exists():
+        t.best.update(figures, epoch=epoch)
+        checkpoint.save(run / "best.pt", t.inference_state(epoch), keep_previous=False)
     if value is None:
-        t.best.update(epoch=epoch, t2w_ssim=-1.0)
-        checkpoint.save(run / "best.pt", t.inference_state(epoch, preprocessing))
         return
-    kept = sorted([*t.best["kept"], [value, epoch]], key=lambda k: (-k[0], k[1]))
-    kept, dropped = kept[:t.config.keep_best], kept[t.config.keep_best:]
-    better = value > t.best["t2w_ssim"]
-    if better:
-        t.best.update(epoch=epoch, **figures)
+    before = t.best["kept"]  # [SSIM, epoch], an epoch once
+    kept = [*(k for k in before if k[1] != epoch), [value, epoch]]
+    kept = sorted(kept, key=lambda k: (-k[0], k[1]))[:t.config.keep_best]
+    for old in before:
+        if old not in kept:
+            (run / _best_name(*old)).unlink(missing_ok=True)
     t.best["kept"] = kept
-    if better:
-        checkpoint.save(run / "best.pt", t.inference_state(epoch, preprocessing))
-        checkpoint.previous(run / "best.pt").unlink(missing_ok=True)
     if [value, epoch] in kept:
-        checkpoint.save(run / _best_name(value, epoch), t.inference_state(epoch, preprocessing))
-    for old in dropped:
-        (run / _best_name(*old)).unlink(missing_ok=True)
+        checkpoint.save(run / _best_name(value, epoch), t.inference_state(epoch),
+                        keep_previous=False)
 
 
 def _best_name(value: float, epoch: int) -> str:
     return f"best_{value:.4f}_{epoch:04d}.pt"
 
 
-class StopRequest:
-    """SIGTERM or SIGINT: leave at the next step, with a checkpoint."""
-
-    def __init__(self, process: Process):
-        self._asked = False
-        self._process = process
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, signum: int, frame: object) -> None:
-        self._asked = True
-
-    def agreed(self) -> bool:
-        """Whether any process was asked; all processes call it together."""
-        if self._process.world == 1:
-            return self._asked
-        asked = torch.tensor([float(self._asked)], device=self._process.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
-
-
-def complain_if_not_finite(terms: Tensor, epoch: int, step: int) -> None:
-    """Stop on NaN or infinity: the weights are lost, `last.pt` still has good ones."""
-    bad = [name for name, value in zip(TERMS, terms.tolist()) if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(f"loss {', '.join(bad)} is not finite by step {step} of epoch {epoch}; "
-                                 "last.pt holds the state before; try a smaller --lr or --precision fp32")
-
-
 def preprocessing_record(store: SliceStore) -> dict[str, Any]:
     """What `evaluate.py` and `translate.py` must do alike: copied from the store's header."""
     keys = ("size", "spacing_mm", "min_brain_area", "intensity", "layout", "sources", "counts",
             "versions")
-    extraction = sorted({s["brain_extraction"] for s in store.subjects})
-    subjects = {split: [s["id"] for s in store.subjects if s["split"] == split]
-                for split in ("train", "val", "test")}
-    # of a large study only the number: the list would outgrow the nets
-    if len(store.subjects) > 2000:
-        subjects = {}
-    return {**{key: store.header[key] for key in keys}, "brain_extraction": extraction,
-            "subjects": subjects}
+    return {**{key: store.header[key] for key in keys},
+            "brain_extraction": sorted({s["brain_extraction"] for s in store.subjects}),
+            "subjects": {split: [s["id"] for s in store.subjects if s["split"] == split]
+                         for split in SPLITS}}
 
 
 # ---------------------------------------------------------------------------------------- main
 
 
+class StopRequest:
+    """SIGTERM or SIGINT while it is entered: leave at the next step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, signum: int, frame: object) -> None:
+        self.asked = True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
-    config, args = parse_args(argv)
-    store = SliceStore(config.slices)
-    if not config.blocks:
-        config = TrainConfig(**{**asdict(config), "blocks": default_blocks(store.size)})
-    process = start_process(config.device)
+    with first_speaks():
+        config, args = parse_args(argv)
+        store = SliceStore(config.slices)
+        process = start_process(config.device)
+    config = replace(config, blocks=config.blocks or default_blocks(store.size))
+    torch.backends.cudnn.benchmark = True  # sizes never change
+    if not process.is_main:
+        log.setLevel(logging.ERROR)
     try:
-        return train(config, args, store, process)
-    finally:
-        if process.world > 1:
-            dist.destroy_process_group()
+        with first_speaks():
+            code = train(config, args, store, process)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return console.FAILED
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} Take a smaller --batch-size or --features",
+              file=sys.stderr)
+        return console.FAILED
+    if dist.is_initialized():  # not after an error: others may wait in the middle of a step
+        dist.destroy_process_group()
+    return code
 
 
 def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
           process: Process) -> int:
-    """The loop: batches, G and F, D_X and D_Y, log, validate, save."""
-    run = Path(config.run)
-    resumed = find_resume(config, args)
-    run_log = RunLog(run, process)
+    """Set up, go through the loop, say how it ended; returns the exit code."""
+    run, record = Path(config.run), preprocessing_record(store)
     loader = UnpairedBatches(store, batch_size=config.batch_size, seed=config.seed,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
                              world=process.world)
-    t = Training(config, process, loader.steps_per_epoch)
-    epoch, epoch_step = t.load(resumed) if resumed else (0, 0)
-    record = preprocessing_record(store)
-    epochs = config.epochs + config.epochs_decay
-    last_step = min(epochs * loader.steps_per_epoch, config.max_steps or sys.maxsize)
-    _announce(t, store, loader, last_step)
-    if process.is_main:
-        (run / "config.json").write_text(json.dumps(_plain(asdict(config)), indent=1) + "\n")
-    if t.step >= last_step:
-        log.info("nothing left to train: step %d of %d is done; raise --epochs or --max-steps", t.step,
-                 last_step)
-        run_log.close()
+    state, last = find_resume(config, args, record)
+    t = Training(config, process, loader.steps_per_epoch, record)
+    if state:
+        t.load(state)
+    with contextlib.closing(RunLog(run, process, t.step)) as run_log:
+        _announce(t, store)
+        if state:
+            log.info("going on from %s, step %d", last, t.step)
+        if t.step >= t.last_step and t.best["judged_step"] == t.step:
+            log.info("nothing left to train: step %d of %d is done; raise --epochs or --max-steps",
+                     t.step, t.last_step)
+            return console.DONE
+        if process.is_main:
+            text = json.dumps(_plain(asdict(config)), indent=1) + "\n"
+            write_atomically(run / "config.json", text.encode())
+        with StopRequest() as stop, logging_redirect_tqdm():
+            finished = loop(t, loader, store, run_log, stop)
+        if not finished:
+            log.info("stopped at step %d of %d; run again with --resume to go on from %s", t.step,
+                     t.last_step, run / "last.pt")
+            return console.FAILED
+        log.info("done: %s", run / "best.pt")
         return console.DONE
-    stop = StopRequest(process)
-    bar = tqdm(total=last_step, initial=t.step, unit="step", disable=None if process.is_main else True)
+
+
+def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLog,
+         stop: StopRequest) -> bool:
+    """Batches, G and F, D_X and D_Y, log, validate, save; returns whether it came to the end."""
+    c, process, run = t.config, t.process, Path(t.config.run)
+    last_step, epochs = t.last_step, c.epochs + c.epochs_decay
+    # asking the others makes the CPU wait for the GPU
+    ask_every = 10 if process.world > 1 and process.device.type == "cuda" else 1
+    bar = tqdm(total=last_step, initial=t.step, unit="step",
+               disable=None if process.is_main else True)
     saved_at = time.monotonic()
     stopped = False
 
-    while t.step < last_step and not stopped:
-        sums, counted, waited, since = torch.zeros(len(TERMS), device=process.device), 0, 0.0, time.monotonic()
-        batches = loader.batches(epoch, epoch_step, config.workers)
-        while epoch_step < loader.steps_per_epoch and t.step < last_step and not stopped:
+    while not stopped and (t.step < last_step or t.best["judged_step"] < t.step):
+        timed, waited, since = 0, 0.0, time.monotonic()
+        batches = loader.batches(t.epoch, t.epoch_step, c.workers)
+        while t.epoch_step < t.steps_per_epoch and t.step < last_step and not stopped:
             # batch
             asked_at = time.monotonic()
             real_x, real_y = next(batches)
@@ -670,86 +743,77 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
             real_x, real_y = t.augment(real_x.to(process.device, non_blocking=True),
                                        real_y.to(process.device, non_blocking=True))
             # step
-            sums += train_step(t, real_x, real_y)
-            epoch_step += 1
-            counted += 1
+            learning_rate = t.learning_rate
+            t.sums += train_step(t, real_x, real_y)
+            t.counted += 1
+            timed += 1
             bar.update()
             # log
-            if t.step % config.log_every == 0:
-                terms = sums / counted
-                complain_if_not_finite(terms, epoch, epoch_step)
+            if t.step % c.log_every == 0:
+                terms = t.mean_terms()
                 seconds = time.monotonic() - since
-                rate = counted * config.batch_size * process.world / seconds
-                values = dict(zip(TERMS, terms.tolist()))
-                run_log.record("loss", t.step, values)
-                run_log.record("speed", t.step, {"pairs_per_s": rate, "waiting": waited / seconds})
-                run_log.record("schedule", t.step,
-                               {"lr": float(t.schedulers["generators"].get_last_lr()[0])})
-                line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-                log.info("epoch %d/%d  step %d/%d  %.2f pairs/s  %s", epoch + 1, epochs, t.step,
-                         last_step, rate, line)
-                sums.zero_()
-                counted, waited, since = 0, 0.0, time.monotonic()
+                rate = timed * c.batch_size * process.world / seconds
+                run_log.record("loss", t.step, terms)
+                run_log.record("speed", t.step,
+                               {"pairs_per_s": rate, "waiting": waited / seconds})
+                run_log.record("schedule", t.step, {"lr": learning_rate})
+                log.info("epoch %d/%d  step %d/%d  %.2f pairs/s  %s", t.epoch + 1, epochs, t.step,
+                         last_step, rate, _line_of(terms))
+                t.sums.zero_()
+                t.counted, timed, waited, since = 0, 0, 0.0, time.monotonic()
             # stop or save within the epoch
-            if t.step % (1 if process.world == 1 else 10) == 0:
-                stopped = stop.agreed()
-            due = process.gather(time.monotonic() - saved_at > 60 * config.save_minutes)[0] \
-                if t.step % 10 == 0 else False
-            if stopped or due:
-                _save_last(t, run, epoch, epoch_step, record)
-                saved_at = time.monotonic()
+            if t.step % ask_every == 0:
+                due = time.monotonic() - saved_at > 60 * c.save_minutes
+                stopped, due = process.any(stop.asked, due)
+                if stopped or due:
+                    _save_last(t, run)
+                    saved_at = time.monotonic()
         batches.close()
-        if counted:
-            complain_if_not_finite(sums / counted, epoch, epoch_step)
         if stopped:
             break
 
         # validate and save at the end of an epoch, or of the run
+        t.check_finite()
         figures = validate(t, store)
-        finished = epoch_step == loader.steps_per_epoch
         run_log.record("validation", t.step, figures)
+        t.best["judged_step"] = t.step
         if process.is_main:
-            run_log.picture(sample_grid(t, store), t.step, run / "samples" / f"epoch_{epoch + 1:04d}.png")
-            save_best(t, run, figures, epoch + 1, record)
-        log.info("epoch %d/%d  step %d  %s", epoch + 1, epochs, t.step, _figures_line(figures))
-        if finished:
-            epoch, epoch_step = epoch + 1, 0
-        _save_last(t, run, epoch, epoch_step, record)
+            run_log.picture(sample_grid(t, store), t.step,
+                            run / "samples" / f"epoch_{t.epoch + 1:04d}.png")
+            save_best(t, figures)
+        log.info("epoch %d/%d  step %d  validation  %s", t.epoch + 1, epochs, t.step,
+                 _line_of(figures) or "no subjects: best.pt is the latest")
+        if t.epoch_step == t.steps_per_epoch:
+            t.epoch, t.epoch_step = t.epoch + 1, 0
+        _save_last(t, run)
         saved_at = time.monotonic()
 
     bar.close()
-    run_log.close()
-    if stopped:
-        log.info("stopped at step %d of %d; the same command goes on from %s", t.step, last_step,
-                 run / "last.pt")
-        return console.FAILED
-    log.info("done: %s", run / "best.pt")
-    return console.DONE
+    return not stopped
 
 
-def _save_last(t: Training, run: Path, epoch: int, epoch_step: int, record: dict) -> None:
-    state = t.state(epoch, epoch_step, record)
+def _save_last(t: Training, run: Path) -> None:
+    t.check_finite()
+    state = t.state()
     if state is not None:
         checkpoint.save(run / "last.pt", state)
 
 
-def _figures_line(figures: dict[str, float]) -> str:
-    if not figures:
-        return "no validation subjects: best.pt is the latest"
-    return "validation  " + "  ".join(
-        f"{name} {value:.2f}" if name.endswith("db") else f"{name} {value:.4f}"
-        for name, value in figures.items())
+def _line_of(values: dict[str, float]) -> str:
+    """Figures for a line of the log: two digits of decibels, four of anything else."""
+    return "  ".join(f"{name.removesuffix('_db')} {value:.2f} dB" if name.endswith("_db")
+                     else f"{name} {value:.4f}" for name, value in values.items())
 
 
-def _announce(t: Training, store: SliceStore, loader: UnpairedBatches, last_step: int) -> None:
+def _announce(t: Training, store: SliceStore) -> None:
     c, p = t.config, t.process
     log.info("%s: %d training slices of %d pixels, %d validation", store.folder,
              len(store.rows("train")), store.size, len(store.rows("val")))
-    log.info("G, F: %d features, %d blocks, %s upsampling; %s on %s", c.features, c.blocks, c.upsample,
-             str(t.precision).removeprefix("torch."), p.device)
+    log.info("G, F: %d features, %d blocks, %s upsampling; %s on %s", c.features, c.blocks,
+             c.upsample, str(t.precision).removeprefix("torch."), p.device)
     log.info("%d process%s x batch %d = %d pairs a step; %d steps an epoch, %d in all", p.world,
              "" if p.world == 1 else "es", c.batch_size, p.world * c.batch_size,
-             loader.steps_per_epoch, last_step)
+             t.steps_per_epoch, t.last_step)
 
 
 if __name__ == "__main__":

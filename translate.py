@@ -66,19 +66,20 @@ class Translator:
                  brain_ml: tuple[float, float] = brain.ADULT_ML, device: str = "auto",
                  precision: str = "auto", batch_size: int = 16) -> None:
         state = checkpoint.load(ckpt)
-        self.ckpt = Path(ckpt)
         self.record: dict[str, Any] = state["preprocessing"]
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         nets = checkpoint.load_generators(state, self.device)
-        self._nets = dict(zip(DIRECTIONS, nets))
+        self.generators: dict[str, torch.nn.Module] = dict(zip(DIRECTIONS, nets))
         self._extraction, self._brain_ml, self._batch_size = brain_extraction, brain_ml, batch_size
         self._extractors: dict[str, brain.Extractor] = {}
 
     def __call__(self, image: Any, direction: str) -> Any:
         """Translate a nibabel image; the answer is one, on the same grid, float32 in [0, 1]."""
         volume = volume_from_image(image)
-        return image_like(volume, self.translate(volume, direction)[0])
+        made = image_like(volume, self.translate(volume, direction)[0])
+        # made with its header alone, which is enough for a file; in memory it needs its affine, too
+        return type(made)(made.dataobj, image.affine, made.header)
 
     def translate(self, volume: Volume, direction: str) -> tuple[np.ndarray, str]:
         """Translate a volume.
@@ -95,8 +96,10 @@ class Translator:
 
         Raises
         ------
-        ValueError : no brain is found, or none that is believed
+        ValueError : no brain is found, or none that is believed; or no such direction
         """
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction '{direction}' is unknown; one of {', '.join(DIRECTIONS)}")
         mask, method = self._brain(volume)
         translated = translate_slices(volume, mask, self._net(direction), self.record)
         # an extracted volume has no tissue where it has no signal, holes in its mask included
@@ -106,7 +109,8 @@ class Translator:
     def _brain(self, volume: Volume) -> tuple[np.ndarray, str]:
         method = self._extraction
         if method == "auto":
-            method = "none" if brain.looks_extracted(volume, self._brain_ml) else self._trained_method()
+            extracted = brain.looks_extracted(volume, self._brain_ml)
+            method = "none" if extracted else self._trained_method()
         if method == "mask":
             found = brain.given_mask(bids.brain_mask_path(bids.subject_of(volume.path)), volume)
         else:
@@ -121,7 +125,7 @@ class Translator:
         return methods[0] if methods else "hd-bet"
 
     def _net(self, direction: str) -> Callable[[np.ndarray], np.ndarray]:
-        net = self._nets[direction]
+        net = self.generators[direction]
 
         def run(slices: np.ndarray) -> np.ndarray:
             out = []
@@ -155,8 +159,8 @@ def translate_slices(volume: Volume, mask: np.ndarray, net: Callable[[np.ndarray
     slices, placement = place(resample(volume.data, volume.affine, grid), on_grid, grid,
                               record["size"], path=volume.path)
     if placement.cut_share > 0.005:
-        log.warning("warning: %s: %.1f %% of the brain lies outside the frame of %d pixels and is filled "
-                    "with its rim", volume.path, 100 * placement.cut_share, record["size"])
+        log.warning("warning: %s: %.1f %% of the brain lies outside the frame of %d pixels and is "
+                    "filled with its rim", volume.path, 100 * placement.cut_share, record["size"])
     full = np.flatnonzero(on_grid.any(axis=(0, 1)))
     translated = np.full_like(slices, -1)
     translated[full] = net(slices[full])
@@ -168,7 +172,8 @@ def translate_slices(volume: Volume, mask: np.ndarray, net: Callable[[np.ndarray
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line of `translate.py`."""
-    p = console.OneLineParser(description=__doc__, formatter_class=console.Formatter)
+    p = console.OneLineParser(description=__doc__, formatter_class=console.Formatter,
+                              allow_abbrev=False)
     p.add_argument("inputs", nargs="+", type=Path, metavar="NIFTI", help="volumes to translate")
     p.add_argument("--ckpt", type=Path, required=True, default=argparse.SUPPRESS,
                    help="checkpoint, best.pt as a rule")
@@ -177,14 +182,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="auto: from the names, which end in _T1w or _T2w")
     p.add_argument("--brain-extraction", choices=EXTRACTIONS, default="auto",
                    help="auto: none for an extracted volume, else as the training data")
-    p.add_argument("--brain-ml", type=float, nargs=2, default=brain.ADULT_ML, metavar=("MIN", "MAX"),
-                   help="brain volumes believed, in millilitres (adults)")
+    p.add_argument("--brain-ml", type=float, nargs=2, default=brain.ADULT_ML,
+                   metavar=("MIN", "MAX"), help="brain volumes believed, in millilitres (adults)")
     p.add_argument("--batch-size", type=int, default=16, help="slices translated at once")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:K")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="arithmetic of the nets")
     args = p.parse_args(argv)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is a file; name a folder")
     return args
 
 
@@ -202,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         volume = read_volume(source)
         translated, method = translator.translate(volume, direction)
         sidecar = {
-            "Description": f"{DIRECTIONS[direction][1]} translated from {DIRECTIONS[direction][0]}; "
-                           "synthetic, not for diagnosis",
+            "Description": f"{DIRECTIONS[direction][1]} translated from "
+                           f"{DIRECTIONS[direction][0]}; synthetic, not for diagnosis",
             "Sources": [source.name], "SkullStripped": True, "Direction": direction,
             "BrainExtraction": method, "Checkpoint": args.ckpt.name, "CheckpointSHA256": hashed,
             "Precision": str(translator.precision).removeprefix("torch."),
@@ -217,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan_outputs(inputs: list[Path], out: Path, direction: str) -> list[tuple[Path, str, Path]]:
-    """Input, direction and output of each file; refuses what cannot work before the first is done."""
+    """Input, direction and output of each file; refuses now what could not work later."""
     plan = []
     for source in inputs:
         if not source.is_file():
@@ -231,8 +238,8 @@ def plan_outputs(inputs: list[Path], out: Path, direction: str) -> list[tuple[Pa
     targets = [target for _, _, target in plan]
     for source, _, target in plan:
         if targets.count(target) > 1:
-            raise ValueError(f"{source}: another input would be written to {target}, too; translate "
-                             "them into different --out folders")
+            raise ValueError(f"{source}: another input would be written to {target}, too; "
+                             "translate them into different --out folders")
     return plan
 
 
@@ -240,7 +247,8 @@ def _direction_of(source: Path) -> str:
     for direction, (start, _) in DIRECTIONS.items():
         if _stem(source).endswith(start):
             return direction
-    raise ValueError(f"{source}: the name does not end in _T1w or _T2w; say which it is with --direction")
+    raise ValueError(f"{source}: the name does not end in _T1w or _T2w; say which it is with "
+                     "--direction")
 
 
 def _stem(path: Path) -> str:

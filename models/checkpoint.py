@@ -8,8 +8,9 @@ A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so t
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,42 @@ from models.generator import ResnetGenerator
 
 FORMAT = "t1w-t2w-cyclegan"
 VERSION = 1
-INFERENCE_KEYS = ("format", "config", "preprocessing", "step", "epoch", "slices_seen", "ema", "best")
-RESUME_KEYS = INFERENCE_KEYS + ("generators", "discriminators", "optimizers", "schedulers", "scaler",
-                                "history", "sampler", "rng")
+INFERENCE_KEYS = ("format", "config", "preprocessing", "step", "epoch", "slices_seen", "ema",
+                  "best")
+RESUME_KEYS = INFERENCE_KEYS + ("generators", "discriminators", "optimizers", "schedulers",
+                                "scaler", "history", "sampler", "rng")
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint: whole or not at all, and the one before stays as `NAME.previous.pt`.
+def save(path: Path, state: dict[str, Any], *, keep_previous: bool = True) -> None:
+    """Write a checkpoint, whole or not at all.
 
     Parameters
     ----------
     path : ends in `.pt`
     state : has at least `INFERENCE_KEYS` except `format`, which is added
+    keep_previous : let the file of before stay as `NAME.previous.pt`
+
+    Raises
+    ------
+    OSError : the disk is full, say; the file of before is as it was
     """
     state = {"format": {"name": FORMAT, "version": VERSION}, **state}
     missing = [key for key in INFERENCE_KEYS if key not in state]
     assert not missing, f"checkpoint lacks {missing}"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()  # torch.save makes a riddle of what a full disk says
+    torch.save(state, content)
+    # always the same name: what a killed process left there is written over
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as out:
-            torch.save(state, out)
+            out.write(content.getbuffer())
             out.flush()
             os.fsync(out.fileno())
-        if path.exists():
+        if keep_previous and path.exists():
             os.replace(path, previous(path))
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: not written, {error.strerror}; make room and run again") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,18 +81,26 @@ def load(path: str | os.PathLike, *, resume: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes best.pt and last.pt into "
-                                "its --run folder")
+        raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes best.pt and last.pt "
+                                "into its --run folder")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load takes flipped bits without a word
+        if damaged:
+            raise ValueError(f"{damaged} differs from its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"holds a {type(state).__name__}")
         name, version = state["format"]["name"], state["format"]["version"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
-            AttributeError, IndexError):
-        raise ValueError(f"{path}: not a checkpoint of this program, or damaged; choose a best.pt or "
-                         "last.pt that train.py wrote") from None
+    except OSError:  # the disk's fault, not the file's
+        raise
+    except Exception:  # a damaged archive fails in as many ways as it has bytes
+        raise ValueError(f"{path}: not a checkpoint of this program, or damaged; choose a best.pt "
+                         "or last.pt that train.py wrote") from None
     if name != FORMAT or version != VERSION:
         raise ValueError(f"{path}: checkpoint format {name} version {version}, this program reads "
-                         f"{FORMAT} version {VERSION}; train again or use the version that wrote it")
+                         f"{FORMAT} version {VERSION}; train again, or use the version that wrote "
+                         "it")
     lacking = [key for key in (RESUME_KEYS if resume else INFERENCE_KEYS) if key not in state]
     if lacking:
         cure = "resume from last.pt" if resume else "train again"
@@ -94,7 +114,7 @@ def load_generators(state: dict[str, Any],
 
     Raises
     ------
-    ValueError : the weights do not fit the nets that the config names
+    ValueError : the weights do not fit the nets that the config names, or are NaN or infinite
     """
     config = state["config"]
     nets = []
@@ -105,6 +125,8 @@ def load_generators(state: dict[str, Any],
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"checkpoint's weights of {name} do not fit its config: "
                              f"{str(error).splitlines()[0]}") from None
+        if not all(bool(p.isfinite().all()) for p in net.parameters()):
+            raise ValueError(f"checkpoint's weights of {name} are not finite; train again")
         nets.append(net.to(device).eval().requires_grad_(False))
     return nets[0], nets[1]
 

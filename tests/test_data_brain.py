@@ -122,6 +122,8 @@ def test_extracted_volumes_are_told_from_whole_heads():
     assert not brain.looks_extracted(scan(paint(shape, affine, extracted=False), affine))
     noise = np.abs(np.random.default_rng(0).normal(0, 5, shape))
     assert not brain.looks_extracted(scan(paint(shape, affine, extracted=False) + noise, affine))
+    box = scan(np.random.default_rng(0).uniform(1, 2, (30, 30, 30)), lay_affine((30, 30, 30), 4))
+    assert not brain.looks_extracted(box), "as large as a brain, but cut on all sides"
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
@@ -137,6 +139,9 @@ def test_deepbet_finds_the_same_brain_in_a_real_head_however_its_axes_run(tmp_pa
     t1w = read_volume(next(REAL.glob("sub-msp01/anat/*_T1w.nii.gz")))
     thinned = t1w.data[::2, ::2]  # 1.4 x 1.4 x 3 mm
     affine = t1w.affine @ np.diag([2, 2, 1, 1])
+    middle = apply_affine(affine, (np.array(thinned.shape) - 1) / 2)
+    thinned = np.pad(thinned, ((30, 0), (0, 0), (0, 0)))  # so that the head stands on one side
+    affine[:3, 3] -= 30 * affine[:3, 0]
     straight = scan(thinned, affine)
     flipped = nib.Nifti1Image(thinned, affine).as_reoriented(np.array([[1, -1], [0, -1], [2, 1]]))
     flipped.to_filename(tmp_path / "turned.nii.gz")
@@ -149,6 +154,5 @@ def test_deepbet_finds_the_same_brain_in_a_real_head_however_its_axes_run(tmp_pa
     inside, around = thinned[masks[0]].mean(), thinned[~masks[0]].mean()
     assert inside > 2 * around
     centre = apply_affine(affine, np.argwhere(masks[0]).mean(0))
-    box = apply_affine(affine, (np.array(thinned.shape) - 1) / 2)
-    assert abs(centre[0] - box[0]) < 15, "the brain lies in the middle between left and right"
-    assert centre[2] > box[2] - 20, "and not in the neck"
+    assert abs(centre[0] - middle[0]) < 15, "the brain lies in the middle of the scan as it was"
+    assert centre[2] > middle[2] - 20, "and not in the neck"

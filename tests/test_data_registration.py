@@ -17,12 +17,15 @@ def scan(shape, affine, suffix, **how):
     return volume_from_image(image, f"{suffix}.nii")
 
 
-def pair(matrix, *, shape=SHAPE, spacing=SPACING, extracted=True, turn_deg=(0, 0, 0)):
-    affine = lay_affine(shape, spacing)
-    other = lay_affine(shape, spacing, "LPS", turn_deg=turn_deg)
-    return (scan(shape, affine, "T1w", extracted=extracted),
-            scan(shape, other, "T2w", extracted=extracted, matrix=matrix),
-            paint(shape, affine) > 0)
+def pair(matrix, *, shape=SHAPE, spacing=SPACING, extracted=True, turn_deg=(0, 0, 0),
+         place=(0, 0, 0)):
+    """T1w, T2w and mask of a head at `place` in T1w's world and at `matrix` of it in T2w's."""
+    affine = lay_affine(shape, spacing, middle=place)
+    other = lay_affine(shape, spacing, "LPS", turn_deg=turn_deg, middle=place)
+    there = rigid(shift_mm=place)
+    return (scan(shape, affine, "T1w", extracted=extracted, matrix=there),
+            scan(shape, other, "T2w", extracted=extracted, matrix=matrix @ there),
+            paint(shape, affine, matrix=there) > 0)
 
 
 def distances_mm(t1w, mask, a, b):
@@ -34,9 +37,11 @@ def distances_mm(t1w, mask, a, b):
 @pytest.mark.parametrize("extracted", [True, False], ids=["extracted", "whole-head"])
 def test_six_millimetres_and_four_degrees_are_found_within_half_a_millimetre(extracted):
     shape = (75, 93, 36) if extracted else (86, 108, 42)
-    moved = rigid((2, -3, 2), (4, -3, 3.3))
+    place = (60, -25, 40)  # the world's origin is seldom in the brain
+    moved = rigid(shift_mm=place) @ rigid((2, -3, 2), (4, -3, 3.3)) @ rigid(
+        shift_mm=np.negative(place))
     t1w, t2w, mask = pair(moved, shape=shape, spacing=(2, 2, 4), extracted=extracted,
-                          turn_deg=(5, 0, 3))
+                          turn_deg=(5, 0, 3), place=place)
     found = register_rigid(t1w, t2w, mask)
     assert found.method == "rigid" and found.note == ""
     distance = distances_mm(t1w, mask, found.matrix, moved)

@@ -127,18 +127,24 @@ def test_a_pair_on_one_grid_is_registered_all_the_same_unless_it_is_extracted(tm
 
 
 def test_the_brain_that_t2w_does_not_show_is_left_out_of_both(tmp_path):
-    """T2w stops 25 mm below the top of the brain."""
-    shape = (38, 48, 17)
-    lower = lay_affine(shape, (4, 4, 5), middle=(0, 0, -30))
-    write_pair(tmp_path / "part", "01", person=1, t2w_shape=shape, t2w_affine=lower)
+    """In T2w the head lies 16 mm further ahead, in a box that ends 60 mm before its middle."""
+    shape = (38, 36, 29)
+    behind = lay_affine(shape, (4, 4, 5), middle=(0, 60 - 36 * 2, 0))
+    write_pair(tmp_path / "part", "01", person=1, t2w_shape=shape, t2w_affine=behind,
+               matrix=rigid(shift_mm=(0, 16, 0)))
     write_pair(tmp_path / "whole", "01", person=1)
     cut, whole = made(tmp_path / "part", "none"), made(tmp_path / "whole")
-    assert cut.row["registration"] in ("rigid", "headers")
-    coverage = float(cut.row["t2w_coverage"])
-    assert 0.6 < coverage < 0.8
-    assert len(cut.t1w) < len(whole.t1w)
-    assert (cut.t1w[~cut.mask] == -1).all() and (cut.t2w[~cut.mask] == -1).all()
+    assert cut.row["registration"] == "rigid"
+    assert float(cut.row["translation_mm"]) == pytest.approx(16, abs=1)
     assert float(cut.row["brain_ml"]) == float(whole.row["brain_ml"]), "of the whole mask"
+    affine = lay_affine((38, 48, 29), (4, 4, 5))
+    brain_mask = paint((38, 48, 29), affine, person=1) > 0
+    ahead_mm = apply_affine(affine, np.argwhere(brain_mask))[:, 1]
+    assert float(cut.row["t2w_coverage"]) == pytest.approx((ahead_mm < 60 - 16).mean(), abs=0.03)
+    length = [int(part.mask.any(axis=(0, 2)).sum()) for part in (cut, whole)]
+    assert length[0] == pytest.approx(length[1] - (ahead_mm.max() - (60 - 16)) / 4, abs=1.1)
+    assert (cut.t1w[~cut.mask] == -1).all() and (cut.t2w[~cut.mask] == -1).all()
+    assert (cut.t2w[cut.mask] > -1).mean() > 0.97
 
 
 def test_a_t2w_that_shows_less_than_half_of_the_brain_is_refused(tmp_path):

@@ -608,4 +608,5 @@ def test_an_interrupted_command_says_one_line_and_leaves_no_process(how, raw_tre
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.splitlines() == ["stopped; the same command goes on from here"]
+    assert len(list((tmp_path / "out" / "parts").glob("*.npz"))) < 4, "at once, not at the end"
     assert_ended(workers)

@@ -1,0 +1,393 @@
+"""Tests of evaluate.py: figures by scikit-image and by hand, refusals, warnings, the report."""
+
+import base64
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from commands import TINY, run_command
+from painted_store import write_store
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import evaluate
+import train
+from data.store import SliceStore
+from models import checkpoint
+
+CPU = torch.device("cpu")
+SPLITS = {"train": ["01", "02"], "val": ["03"], "test": ["04", "05", "06_ses-a", "06_ses-b"]}
+N_SLICES = {"01": 4, "02": 4, "03": 3, "04": 3, "05": 5, "06_ses-a": 2, "06_ses-b": 4}
+DIRECTIONS = ("t1w-to-t2w", "t2w-to-t1w")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with three people to test on, one of them in two sessions; read only."""
+    folder = tmp_path_factory.mktemp("evaluate") / "slices"
+    return SliceStore(write_store(folder, SPLITS, n_slices=N_SLICES))
+
+
+@pytest.fixture(scope="module")
+def ckpt(store, tmp_path_factory):
+    """A checkpoint that has seen the store's training split; read only."""
+    run = tmp_path_factory.mktemp("run")
+    assert run_command(train.main, "--slices", store.folder, "--run", run, *TINY, "--max-steps", 2,
+                       "--steps-per-epoch", 2).code == 0
+    return run / "best.pt"
+
+
+def evaluated(ckpt, slices, out, *options):
+    return run_command(evaluate.main, "--ckpt", ckpt, "--slices", slices, "--out", out,
+                       "--precision", "fp32", "--device", "cpu", *options)
+
+
+@pytest.fixture(scope="module")
+def results(ckpt, store, tmp_path_factory):
+    """What an evaluation wrote: the folder."""
+    out = tmp_path_factory.mktemp("out") / "evaluation"
+    outcome = evaluated(ckpt, store.folder, out, "--batch-size", 2)
+    assert outcome.code == 0 and outcome.err == ""
+    (out / "printed.txt").write_text(outcome.out)
+    return out
+
+
+def table(path):
+    """Rows of a CSV file, numbers as numbers."""
+    def value(text):
+        return float(text) if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text) else text
+
+    with open(path, newline="") as lines:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+
+
+# ---------------------------------------------------------------------------------- figures
+
+
+def test_every_slice_is_measured_both_ways_as_scikit_image_does(results, ckpt, store):
+    nets = dict(zip(DIRECTIONS, checkpoint.load_generators(checkpoint.load(ckpt))))
+    settings = {"data_range": 1, "gaussian_weights": True, "sigma": 1.5,
+                "use_sample_covariance": False}
+    rows = table(results / "slices.csv")
+    assert len(rows) == 14 * 2 * 2 * 3  # slices, directions, methods, protocols
+    for r in rows:
+        row = int(r["row"])
+        real = {"t1w": store.t1w[row].astype(np.float32), "t2w": store.t2w[row].astype(np.float32)}
+        source, target = (real[name] for name in r["direction"].split("-to-"))
+        image = source
+        if r["method"] == "model":
+            with torch.no_grad():
+                image = nets[r["direction"]](torch.from_numpy(source)[None, None])[0, 0].numpy()
+        image, target = (image + 1) / 2, (target + 1) / 2
+        mask = store.mask(slice(row, row + 1))[0]
+        if r["protocol"] == "box":
+            i, j = (np.flatnonzero(mask.any(axis=a)) for a in (1, 0))
+            image, target = (torch.nn.functional.interpolate(
+                torch.from_numpy(v[i[0]:i[-1] + 1, j[0]:j[-1] + 1].copy())[None, None], (128, 128),
+                mode="bilinear", antialias=True)[0, 0].numpy() for v in (image, target))
+        mean, similarity = structural_similarity(image, target, full=True, **settings)
+        if r["protocol"] == "brain":
+            ssim, image, target = similarity[mask].mean(), image[mask], target[mask]
+        else:
+            ssim = mean
+        assert r["ssim"] == pytest.approx(ssim, abs=2e-5)
+        assert r["psnr_db"] == pytest.approx(
+            peak_signal_noise_ratio(target, image, data_range=1), abs=2e-4)
+        assert r["mae"] == pytest.approx(np.abs(image - target).mean(), abs=1e-6)
+
+
+def test_the_subject_is_the_unit_of_the_summary(results):
+    slices = table(results / "slices.csv")
+    summary = json.loads((results / "summary.json").read_text())
+    for direction in DIRECTIONS:
+        for method, part in (("model", summary[direction]), ("floor", summary[direction]["floor"])):
+            for protocol in ("brain", "slice", "box"):
+                for metric in ("ssim", "psnr_db", "mae"):
+                    people = {}
+                    for s in slices:
+                        if (s["direction"], s["method"], s["protocol"]) == (direction, method,
+                                                                            protocol):
+                            person = s["id"].replace("_ses-a", "").replace("_ses-b", "")
+                            people.setdefault(person, []).append(s[metric])
+                    assert [len(v) for v in people.values()] == [3, 5, 6]
+                    means = [sum(v) / len(v) for v in people.values()]
+                    mean = sum(means) / 3
+                    sd = (sum((m - mean) ** 2 for m in means) / 2) ** 0.5
+                    found = part[protocol][metric]
+                    assert found["mean"] == pytest.approx(mean)
+                    assert found["sd"] == pytest.approx(sd)
+                    low, high = found["ci95"]
+                    assert min(means) - 1e-9 <= low < mean < high <= max(means) + 1e-9
+    assert summary["n_subjects"] == 3 and summary["n_sessions"] == 4 and summary["n_slices"] == 14
+
+
+def test_the_table_of_subjects_has_the_means_of_their_slices(results):
+    rows = table(results / "subjects.csv")
+    assert len(rows) == 3 * 2 * 2 * 3
+    assert {r["id"]: r["n_slices"] for r in rows} == {
+        "painted_sub-04": 3, "painted_sub-05": 5, "painted_sub-06": 6}
+    slices = [s["ssim"] for s in table(results / "slices.csv") if s["id"].startswith(
+        "painted_sub-06") and s["direction"] == "t1w-to-t2w" and s["method"] == "model"
+        and s["protocol"] == "box"]
+    found = [r["ssim"] for r in rows if r["id"] == "painted_sub-06" and r["method"] == "model"
+             and r["direction"] == "t1w-to-t2w" and r["protocol"] == "box"]
+    assert len(slices) == 6 and found == [pytest.approx(np.mean(slices))]
+
+
+def test_mean_deviation_and_interval_of_a_hand_computed_example():
+    found = evaluate.spread([1.0, 2.0, 6.0], seed=0)
+    assert found["mean"] == 3.0 and found["sd"] == pytest.approx(7 ** 0.5)
+    low, high = found["ci95"]
+    # of 27 resamples of three one is all ones and three are (1, 1, 2): 4 in 27 lie below 1.5
+    assert low in (1.0, pytest.approx(4 / 3)) and high in (6.0, pytest.approx(14 / 3))
+    assert evaluate.spread([2.0, 2.0], seed=0) == {"mean": 2.0, "sd": 0.0, "ci95": [2.0, 2.0]}
+    assert evaluate.spread([5.0], seed=0) == {"mean": 5.0, "sd": None, "ci95": None}
+
+
+def test_the_interval_is_the_seeds_and_near_the_normal_one_for_many_subjects():
+    values = list(np.random.default_rng(1).normal(0.8, 0.05, 200))
+    first = evaluate.spread(values, seed=3)
+    assert first == evaluate.spread(values, seed=3)
+    assert first != evaluate.spread(values, seed=4)
+    half = 1.96 * first["sd"] / 200 ** 0.5
+    assert first["ci95"] == pytest.approx([first["mean"] - half, first["mean"] + half], rel=2e-3)
+
+
+def test_the_same_command_writes_the_same_bytes(results, ckpt, store, tmp_path):
+    assert evaluated(ckpt, store.folder, tmp_path / "e", "--batch-size", 2).code == 0
+    for name in ("summary.json", "slices.csv", "subjects.csv", "report.html", "subjects.png"):
+        assert (tmp_path / "e" / name).read_bytes() == (results / name).read_bytes()
+
+
+def test_the_batch_size_changes_no_figure(results, ckpt, store, tmp_path):
+    evaluated(ckpt, store.folder, tmp_path / "e", "--batch-size", 64)
+    for a, b in zip(table(tmp_path / "e" / "slices.csv"), table(results / "slices.csv")):
+        assert a == {k: pytest.approx(v, abs=1e-5) for k, v in b.items()}
+
+
+def test_a_single_test_subject_has_no_deviation_and_no_interval(ckpt, tmp_path):
+    slices = write_store(tmp_path / "slices", {**SPLITS, "test": ["04"]}, n_slices=3)
+    outcome = evaluated(ckpt, slices, tmp_path / "e")
+    assert outcome.code == 0
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    found = summary["t1w-to-t2w"]["brain"]["ssim"]
+    assert found["sd"] is None and found["ci95"] is None and found["mean"] < 1
+    assert summary["n_subjects"] == 1
+    assert "None" not in outcome.out and "nan" not in outcome.out.lower()
+
+
+def test_the_summary_is_laid_out_as_the_design_says(results, ckpt):
+    summary = json.loads((results / "summary.json").read_text())
+    for direction in DIRECTIONS:
+        for part in (summary[direction], summary[direction]["floor"]):
+            assert {"brain", "slice", "box"} <= set(part)
+            for protocol in ("brain", "slice", "box"):
+                for metric in ("ssim", "psnr_db"):
+                    assert set(part[protocol][metric]) == {"mean", "sd", "ci95"}
+    assert summary["split"] == "test" and summary["ckpt"] == str(ckpt)
+    assert summary["ckpt_sha256"] == checkpoint.fingerprint(ckpt)
+    assert summary["subjects"] == ["painted_sub-04", "painted_sub-05", "painted_sub-06_ses-a",
+                                   "painted_sub-06_ses-b"]
+
+
+# ----------------------------------------------------------------------- copies and inversions
+
+
+def measured(store, translate):
+    """Records of the first test subject, translated by `translate(source, target)`."""
+    subject = next(s for s in store.subjects if s["split"] == "test")
+    rows = slice(subject["first_row"], subject["first_row"] + subject["n_slices"])
+    x, y = (torch.from_numpy(a[rows].astype(np.float32))[:, None] for a in (store.t1w, store.t2w))
+    nets = {"t1w-to-t2w": lambda source: translate(source, y),
+            "t2w-to-t1w": lambda source: translate(source, x)}
+    return evaluate.measure_subject(store, subject, nets, CPU, batch_size=64)
+
+
+def warnings_of(records):
+    checks = evaluate.contrast_checks(records)
+    return {direction: " ".join(checks[direction]["warnings"]) for direction in DIRECTIONS}
+
+
+def test_a_net_that_copies_its_input_is_found_out(store):
+    for said in warnings_of(measured(store, lambda source, target: source)).values():
+        assert "nearly a copy of its input (distance to it 0%" in said
+    for said in warnings_of(measured(store, lambda source, target: source + 0.05)).values():
+        assert "nearly a copy" in said
+
+
+def test_a_net_that_inverts_the_contrast_is_found_out(store):
+    for said in warnings_of(measured(store, lambda source, target: -target)).values():
+        assert "contrast is inverted (correlation with the real target -1.00)" in said
+
+
+def test_the_real_target_and_one_with_some_noise_raise_no_warning(store):
+    noise = 0.1 * torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for translate in (lambda source, target: target, lambda source, target: target + noise):
+        assert warnings_of(measured(store, translate)) == {d: "" for d in DIRECTIONS}
+
+
+def test_a_perfect_translation_has_figures_that_can_be_averaged_and_written(store):
+    perfect = [r for r in measured(store, lambda source, target: target) if r["method"] == "model"]
+    for r in perfect:
+        assert r["psnr_db"] == 100 and r["ssim"] == pytest.approx(1) and r["mae"] == 0
+        if r["protocol"] == "brain":
+            assert r["correlation"] == pytest.approx(1, abs=1e-5)
+            assert r["from_input"] > 0.1
+    assert json.dumps(perfect, allow_nan=False)
+
+
+def test_the_floor_is_what_copying_the_input_reaches(store):
+    records = measured(store, lambda source, target: source)
+    for copy, floor in zip([r for r in records if r["method"] == "model"],
+                           [r for r in records if r["method"] == "floor"]):
+        assert {**copy, "method": ""} == {**floor, "method": ""}
+
+
+def test_warnings_are_printed_and_stand_in_the_report(ckpt, store, results):
+    printed = (results / "printed.txt").read_text()
+    checks = json.loads((results / "summary.json").read_text())["checks"]
+    html = (results / "report.html").read_text()
+    said = [w for d in DIRECTIONS for w in checks[d]["warnings"]]
+    assert said  # after two steps a net is not yet one to use
+    for warning in said:
+        assert f"warning: {warning}" in printed
+        assert warning in html
+
+
+# -------------------------------------------------------------------------------- the report
+
+
+def test_the_figure_shows_the_best_the_median_and_the_worst_slice(results):
+    slices = table(results / "slices.csv")
+    for direction in DIRECTIONS:
+        shown = evaluate.best_median_worst(slices, direction)
+        ssim = sorted(s["ssim"] for s in slices if s["direction"] == direction
+                      and s["protocol"] == "brain" and s["method"] == "model")
+        assert [shown[title]["ssim"] for title in ("best", "median", "worst")] == [
+            ssim[-1], ssim[7], ssim[0]]
+        picture = Image.open(results / f"slices_{direction}.png")
+        assert picture.height > 2 * 0.75 * picture.width / 4  # three rows of four panels
+
+
+class References(HTMLParser):
+    """Collect what a page refers to."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.sources, self.links, self.tags = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [v for k, v in attributes if k in ("src", "srcset", "poster", "data")]
+        self.links += [v for k, v in attributes if k in ("href", "action")]
+
+
+def test_the_report_opens_from_disk_with_all_pictures_inside(results):
+    html = (results / "report.html").read_text(encoding="utf-8")
+    found = References(html)
+    assert not found.links and "http://" not in html and "https://" not in html
+    assert not {"script", "link", "iframe", "object"} & set(found.tags)
+    assert "url(" not in html and "@import" not in html
+    prefix = "data:image/png;base64,"
+    inside = [base64.b64decode(source.removeprefix(prefix)) for source in found.sources]
+    files = [(results / name).read_bytes() for name in
+             ("subjects.png", "slices_t1w-to-t2w.png", "slices_t2w-to-t1w.png")]
+    assert inside == files
+    assert all(png.startswith(b"\x89PNG") for png in files)
+
+
+def test_the_report_says_what_was_measured_on_whom_and_its_limits(results, ckpt):
+    html = (results / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((results / "summary.json").read_text())
+    brain = summary["t1w-to-t2w"]["brain"]["ssim"]
+    assert f"{brain['mean']:.3f} ± {brain['sd']:.3f} [" in html
+    for text in ("3 subjects, 14 slices", "test split", "Not for diagnosis", "lambda_identity",
+                 "painted", "CC0", "floor (copy)"):
+        assert text in html
+
+
+def test_the_table_is_printed_with_units(results):
+    printed = (results / "printed.txt").read_text().splitlines()
+    assert "PSNR (dB)" in printed[0]
+    assert printed[1].startswith("T1w to T2w  brain     translated")
+    assert "3 subjects, 14 slices, test split" in printed[13]
+
+
+# ---------------------------------------------------------------------------------- refusals
+
+
+def test_subjects_that_the_checkpoint_was_trained_on_are_refused(ckpt, tmp_path):
+    slices = write_store(tmp_path / "slices", {"train": ["04"], "test": ["05", "02"]}, n_slices=3)
+    outcome = evaluated(ckpt, slices, tmp_path / "e")
+    assert outcome.code == 2
+    assert "painted_sub-02 is in the test split, but" in outcome.complaint
+    assert "was trained on it" in outcome.complaint and not (tmp_path / "e").exists()
+
+
+def test_another_session_of_a_trained_subject_is_refused_too(ckpt, tmp_path):
+    slices = write_store(tmp_path / "slices", {"train": ["04"], "test": ["02_ses-2"]}, n_slices=3)
+    outcome = evaluated(ckpt, slices, tmp_path / "e")
+    assert outcome.code == 2 and "painted_sub-02 is in the test split" in outcome.complaint
+
+
+def test_the_training_split_can_be_measured_by_name(ckpt, store, tmp_path):
+    assert evaluated(ckpt, store.folder, tmp_path / "e", "--split", "train").code == 0
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["split"] == "train"
+
+
+def test_an_empty_split_is_refused_with_a_cure(ckpt, tmp_path):
+    slices = write_store(tmp_path / "slices", {"train": ["01"]}, n_slices=3)
+    outcome = evaluated(ckpt, slices, tmp_path / "e")
+    assert outcome.code == 2
+    assert "the test split has no subjects; name some with preprocess.py --test" \
+        in outcome.complaint
+
+
+def test_a_store_of_another_size_is_refused_with_both(ckpt, tmp_path):
+    slices = write_store(tmp_path / "slices", SPLITS, size=40, n_slices=3)
+    outcome = evaluated(ckpt, slices, tmp_path / "e")
+    assert outcome.code == 2
+    assert "made with size 40" in outcome.complaint and "trained on 32" in outcome.complaint
+
+
+def test_a_checkpoint_or_store_that_is_none_is_one_error(ckpt, store, tmp_path):
+    (tmp_path / "text.pt").write_text("text")
+    state = torch.load(ckpt, weights_only=True)
+    torch.save({**state, "format": {"name": checkpoint.FORMAT, "version": 2}}, tmp_path / "new.pt")
+    state["ema"]["G"]["to_slice.bias"] += float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    for path, slices, said in (
+            (tmp_path / "none.pt", store.folder, "no such checkpoint"),
+            (tmp_path / "text.pt", store.folder, "not a checkpoint"),
+            (tmp_path / "new.pt", store.folder, "version 2, this program reads"),
+            (tmp_path / "nan.pt", store.folder, "weights of G are not finite"),
+            (ckpt, tmp_path, "no slice store there"),
+            (ckpt, tmp_path / "none", "no slice store there")):
+        outcome = evaluated(path, slices, tmp_path / "e")
+        assert outcome.code == 2 and said in outcome.complaint
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--batch-size", 0], "--batch-size 0"), (["--split", "all"], "invalid choice"),
+    (["--device", "tpu"], "--device tpu"), (["--precision", "fp16"], "needs a CUDA device"),
+    (["--seed", -1], "--seed -1"), (["--batch", 4], "unrecognized arguments: --batch 4"),
+])
+def test_options_that_cannot_work_are_one_error(ckpt, store, tmp_path, options, said):
+    outcome = evaluated(ckpt, store.folder, tmp_path / "e", *options)
+    assert outcome.code == 2 and said in outcome.complaint
+
+
+def test_results_go_beside_the_checkpoint_unless_told_otherwise(ckpt, store, tmp_path):
+    beside = tmp_path / "best.pt"
+    beside.write_bytes(ckpt.read_bytes())
+    assert run_command(evaluate.main, "--ckpt", beside, "--slices", store.folder,
+                       "--device", "cpu").code == 0
+    assert (tmp_path / "evaluation" / "report.html").exists()
+    (tmp_path / "file").write_text("")
+    outcome = evaluated(beside, store.folder, tmp_path / "file")
+    assert outcome.code == 2 and "is a file; name a folder" in outcome.complaint

@@ -1,0 +1,897 @@
+"""Tests of train.py: one step by hand, the schedule, resuming to the bit, errors, two processes."""
+
+import copy
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from commands import TINY, run_command
+from painted_store import change_rows, write_store
+from PIL import Image
+from skimage.metrics import structural_similarity
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from data.slices import UnpairedBatches
+from data.store import SliceStore
+from device import Process, start_process
+from losses.history import ImageHistory
+from models import checkpoint
+from train import TERMS, TrainConfig, Training, train_step
+
+ROOT = Path(train.__file__).parent
+CPU = torch.device("cpu")
+NO_GPU = not torch.cuda.is_available()
+CONFIG = TrainConfig(features=4, blocks=1, precision="fp32", device="cpu", epochs=4, epochs_decay=4)
+SPLITS = {"train": ["01", "02", "03"], "val": ["04", "05_ses-a", "05_ses-b"], "test": ["06"]}
+
+
+@pytest.fixture(scope="session")
+def slices(tmp_path_factory):
+    """Six slices of each of three subjects to train on, two people to validate on; read only."""
+    return write_store(tmp_path_factory.mktemp("painted") / "slices", SPLITS)
+
+
+@pytest.fixture
+def run(slices, tmp_path):
+    """Call train.py on the store; the run folder is `tmp_path / "run"` unless named."""
+    def call(*options, folder="run", store=slices):
+        return run_command(train.main, "--slices", store, "--run", tmp_path / folder, *TINY,
+                           "--steps-per-epoch", 5, "--epochs", 4, "--epochs-decay", 4, *options)
+    return call
+
+
+def alone(config=CONFIG, steps_per_epoch=10):
+    return Training(config, Process(0, 1, CPU), steps_per_epoch)
+
+
+def draw_slices(n, seed=0, size=32):
+    return torch.rand(2, n, 1, size, size,
+                      generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def records(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def same(a, b, at=""):
+    """Where two checkpoints' contents first differ; "" where they are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return "" if torch.equal(a, b) else at
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return f"{at}: {sorted(a)} {sorted(b)}"
+        return next(filter(None, (same(a[k], b[k], f"{at}/{k}") for k in a)), "")
+    if isinstance(a, (list, tuple)):
+        pairs = enumerate(zip(a, b, strict=True))
+        return next(filter(None, (same(x, y, f"{at}/{i}") for i, (x, y) in pairs)), "")
+    return "" if a == b else f"{at}: {a} {b}"
+
+
+# -------------------------------------------------------------------------------- one step
+
+
+class Textbook:
+    """The update of Zhu et al. 2017 a line a term, every forward on its own, plain Adam."""
+
+    def __init__(self, nets, lambda_identity, history, lr=2e-4):
+        self.G, self.F, self.D_X, self.D_Y = (copy.deepcopy(net) for net in
+                                              (nets.G, nets.F, nets.D_X, nets.D_Y))
+        self.generators = [*self.G.parameters(), *self.F.parameters()]
+        self.discriminators = [*self.D_X.parameters(), *self.D_Y.parameters()]
+        self.adam_g = torch.optim.Adam(self.generators, lr, (0.5, 0.999))
+        self.adam_d = torch.optim.Adam(self.discriminators, lr, (0.5, 0.999))
+        self.lambda_identity, self.history = lambda_identity, history
+
+    def step(self, x, y):
+        """Returns the terms in the order of `TERMS`; the gradients stay in the parameters."""
+        def l1(a, b):
+            return (a - b).abs().mean()
+
+        gan_g = ((self.D_Y(self.G(x)) - 1) ** 2).mean()
+        gan_f = ((self.D_X(self.F(y)) - 1) ** 2).mean()
+        cycle_x, cycle_y = l1(self.F(self.G(x)), x), l1(self.G(self.F(y)), y)
+        same_x = same_y = torch.zeros(())
+        loss = gan_g + gan_f + 10 * cycle_x + 10 * cycle_y
+        if self.lambda_identity:
+            same_x, same_y = l1(self.F(x), x), l1(self.G(y), y)
+            loss = loss + self.lambda_identity * (same_x + same_y)
+        fake_y, fake_x = self.G(x).detach(), self.F(y).detach()
+        self._update(self.adam_g, self.generators, loss)
+
+        old_x, old_y = self.history["x"].query(fake_x), self.history["y"].query(fake_y)
+        d_x = (((self.D_X(x) - 1) ** 2).mean() + (self.D_X(old_x) ** 2).mean()) / 2
+        d_y = (((self.D_Y(y) - 1) ** 2).mean() + (self.D_Y(old_y) ** 2).mean()) / 2
+        self._update(self.adam_d, self.discriminators, d_x + d_y)
+        return [gan_g, gan_f, cycle_x, cycle_y, same_x, same_y, d_x, d_y]
+
+    @staticmethod
+    def _update(adam, parameters, loss):
+        # only this loss and only these parameters: nothing can come from another step
+        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            p.grad = gradient
+        adam.step()
+
+
+@pytest.mark.parametrize("lambda_identity", [0.1, 0.0, 5.0])
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_step_is_the_textbooks_step(lambda_identity, n):
+    t = alone(replace(CONFIG, lambda_identity=lambda_identity))
+    book = Textbook(t.nets, lambda_identity, {k: ImageHistory(50) for k in "xy"})
+    real_x, real_y = draw_slices(n)
+    terms = train_step(t, real_x, real_y)
+    wanted = book.step(real_x, real_y)
+    torch.testing.assert_close(terms, torch.stack(wanted).detach(), atol=1e-6, rtol=1e-5)
+    for name in ("G", "F", "D_X", "D_Y"):
+        ours = dict(getattr(t.nets, name).named_parameters())
+        for key, theirs in getattr(book, name).named_parameters():
+            torch.testing.assert_close(ours[key].grad, theirs.grad, atol=1e-5, rtol=1e-4)
+            # Adam's first step is lr times the gradient's sign: compared where that is no noise
+            real = theirs.grad.abs() > 1e-5
+            assert (ours[key] - theirs)[real].abs().max() < 1e-5 if real.any() else True
+            assert (ours[key] - theirs).abs().max() <= 4.1e-4
+    assert all(p.requires_grad for p in t.nets.parameters())  # D is no longer frozen
+    assert (t.step, t.epoch_step, t.slices_seen) == (1, 1, n)
+
+
+def test_steps_with_a_full_history_judge_what_the_history_gives_back():
+    t = alone(replace(CONFIG, history_size=2, seed=3))
+    seeds = {"x": 2 * 3 * 10007, "y": 2 * 3 * 10007 + 1}
+    book = Textbook(t.nets, 0.1, {k: ImageHistory(2, seed) for k, seed in seeds.items()})
+    replay, old = {k: ImageHistory(2, seed) for k, seed in seeds.items()}, {"x": 0, "y": 0}
+    for step in range(6):
+        real_x, real_y = draw_slices(2, seed=step)
+        terms, wanted = train_step(t, real_x, real_y), book.step(real_x, real_y)
+        torch.testing.assert_close(terms, torch.stack(wanted).detach(), atol=1e-3, rtol=1e-3)
+        for name, history in replay.items():
+            new = torch.full((2, 1, 1, 1), float(step))
+            old[name] += int((history.query(new) != new).sum())
+    assert old["x"] > 0 and old["y"] > 0  # D_X and D_Y did judge older slices
+
+
+def test_neither_optimiser_moves_the_others_nets():
+    for silenced, others in (("generators", ("D_X", "D_Y")), ("discriminators", ("G", "F"))):
+        t = alone()
+        before = copy.deepcopy(t.nets.state_dict())
+        t.optimizers[silenced].param_groups[0]["params"] = []
+        train_step(t, *draw_slices(1))
+        moved = {name.split(".")[0] for name, value in t.nets.state_dict().items()
+                 if not torch.equal(value, before[name])}
+        assert moved == set(others)
+
+
+def test_the_averages_follow_the_generators():
+    t = alone()
+    before = copy.deepcopy(t.nets.G)
+    train_step(t, *draw_slices(1))
+    for average, old, new in zip(t.ema.G.parameters(), before.parameters(), t.nets.G.parameters()):
+        torch.testing.assert_close(average, 0.1 * old + 0.9 * new)
+
+
+def test_flips_depend_on_seed_step_and_rank_alone():
+    real_x, real_y = draw_slices(8)
+
+    def flipped(seed=0, step=0, rank=0):
+        t = Training(replace(CONFIG, seed=seed), Process(rank, 1, CPU), 10)
+        t.step = step
+        return torch.cat(t.augment(real_x, real_y))
+
+    assert torch.equal(flipped(), flipped())
+    for other in (flipped(seed=1), flipped(step=1), flipped(rank=1)):
+        assert not torch.equal(flipped(), other)
+    untouched = alone(replace(CONFIG, flip=False)).augment(real_x, real_y)
+    assert torch.equal(torch.stack(untouched), torch.stack([real_x, real_y]))
+
+
+# -------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("epoch, epoch_step, wanted", [
+    (0, 0, 2e-4),  # start
+    (3, 9, 2e-4), (4, 0, 2e-4),  # end of the constant part
+    (6, 0, 1e-4),  # middle of the decay
+    (7, 9, 2e-4 * 0.1 / 4),  # last step
+    (8, 0, 0.0),
+])
+def test_the_learning_rate_is_constant_then_falls_linearly_to_zero(epoch, epoch_step, wanted):
+    t = alone()
+    t.epoch, t.epoch_step = epoch, epoch_step
+    assert t.learning_rate == pytest.approx(wanted, abs=1e-18)
+    train_step(t, *draw_slices(1))
+    for optimizer in t.optimizers.values():
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(wanted)]
+
+
+def test_a_run_without_decay_keeps_its_rate_and_one_without_the_constant_part_falls_at_once():
+    t = alone(replace(CONFIG, epochs=2, epochs_decay=0))
+    t.epoch, t.epoch_step = 1, 9
+    assert t.learning_rate == 2e-4
+    t = alone(replace(CONFIG, epochs=0, epochs_decay=2))
+    assert t.learning_rate == 2e-4
+    t.epoch = 1
+    assert t.learning_rate == 1e-4
+
+
+def test_the_rates_of_a_run_are_logged_as_they_were_used(run, tmp_path):
+    assert run("--epochs", 1, "--epochs-decay", 1, "--log-every", 1).code == 0
+    rates = [r["lr"] for r in records(tmp_path / "run", "schedule")]
+    assert rates == pytest.approx([2e-4] * 6 + [2e-4 * (1 - k / 5) for k in (1, 2, 3, 4)])
+
+
+# --------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_checkpoints_logs_samples_and_tensorboard_files(run, slices, tmp_path):
+    outcome = run("--max-steps", 12, "--log-every", 4)
+    assert outcome.code == 0 and outcome.err == ""
+    folder = tmp_path / "run"
+    assert {"last.pt", "best.pt", "log.txt", "metrics.jsonl", "config.json", "samples",
+            "tensorboard"} <= set(os.listdir(folder))
+    assert sorted(os.listdir(folder / "samples")) == [f"epoch_000{k}.png" for k in (1, 2, 3)]
+    log = (folder / "log.txt").read_text()
+    assert "18 training slices of 32 pixels, 18 validation" in log
+    assert "1 process x batch 1 = 1 pairs a step; 5 steps an epoch, 12 in all" in log
+    assert "epoch 2/8  step 8/12  " in log and " pairs/s  G " in log and "t2w_psnr" in log
+    assert [r["step"] for r in records(folder, "loss")] == [4, 8, 12]
+    assert [r["step"] for r in records(folder, "validation")] == [5, 10, 12]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["blocks"] == 1 and set(config) == {f.name for f in fields(TrainConfig)}
+
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    scalars = board.Tags()["scalars"]
+    assert {f"loss/{term}" for term in TERMS} <= set(scalars)
+    for name in ("t2w_ssim", "t2w_psnr_db", "t1w_ssim", "t1w_psnr_db"):
+        points = [(e.step, pytest.approx(e.value)) for e in board.Scalars(f"validation/{name}")]
+        assert points == [(r["step"], r[name]) for r in records(folder, "validation")]
+    assert [image.step for image in board.Images("samples")] == [5, 10, 12]
+
+
+def test_the_sample_grid_shows_real_translated_cycled_and_identity_slices(slices):
+    t, store = alone(), SliceStore(slices)
+    grid = train.sample_grid(t, store, count=2)
+    assert grid.shape == (3, 2 * 34 + 2, 8 * 34 + 2)  # 2 pixels around each
+    panels = [grid[0, 2:34, 2 + 34 * k:34 + 34 * k] * 2 - 1 for k in range(8)]
+    row = store.rows("val")[np.linspace(0, 17, 4).astype(int)[1]]
+    real_x, real_y = (torch.from_numpy(a[row].astype(np.float32))[None, None]
+                      for a in (store.t1w, store.t2w))
+    with torch.no_grad():
+        G, F = t.ema.G, t.ema.F
+        wanted = [real_x, G(real_x), F(G(real_x)), F(real_x),
+                  real_y, F(real_y), G(F(real_y)), G(real_y)]
+    for panel, slice_ in zip(panels, wanted):
+        torch.testing.assert_close(panel, slice_[0, 0], atol=1e-5, rtol=0)
+
+
+def test_sample_pictures_are_files_that_open(run, tmp_path):
+    run("--max-steps", 1)
+    picture = Image.open(tmp_path / "run" / "samples" / "epoch_0001.png")
+    assert picture.size == (8 * 34 + 2, 4 * 34 + 2)
+
+
+def test_validation_figures_are_scikit_images_and_a_person_counts_once(slices):
+    t, store = alone(), SliceStore(slices)
+    found = train.validate(t, store)
+    people = {}
+    for session in store.subjects:
+        if session["split"] == "val":
+            rows = slice(session["first_row"], session["first_row"] + session["n_slices"])
+            real_x, real_y = (torch.from_numpy(a[rows].astype(np.float32))[:, None]
+                              for a in (store.t1w, store.t2w))
+            with torch.no_grad():
+                fake_y = (t.ema.G(real_x)[:, 0].numpy() + 1) / 2
+            for fake, real, mask in zip(fake_y, (real_y[:, 0].numpy() + 1) / 2, store.mask(rows)):
+                _, similarity = structural_similarity(
+                    fake, real, data_range=1, gaussian_weights=True, sigma=1.5,
+                    use_sample_covariance=False, full=True)
+                psnr = 10 * np.log10(1 / ((fake - real)[mask].astype(float) ** 2).mean())
+                people.setdefault(session["subject"], []).append([similarity[mask].mean(), psnr])
+    assert len(people) == 2
+    wanted = np.mean([np.mean(values, axis=0) for values in people.values()], axis=0)
+    assert found["t2w_ssim"] == pytest.approx(wanted[0], abs=1e-5)
+    assert found["t2w_psnr_db"] == pytest.approx(wanted[1], abs=1e-4)
+
+
+def test_best_pt_is_the_step_of_the_best_validation_ssim(run, tmp_path):
+    assert run("--lr", 0.002, "--epochs", 5, "--epochs-decay", 0, "--keep-best", 2).code == 0
+    folder = tmp_path / "run"
+    validated = records(folder, "validation")
+    best = max(validated, key=lambda r: r["t2w_ssim"])
+    state = checkpoint.load(folder / "best.pt")
+    assert state["step"] == best["step"]
+    assert state["best"]["t2w_ssim"] == best["t2w_ssim"]
+    top = sorted(validated, key=lambda r: -r["t2w_ssim"])[:2]
+    assert set(folder.glob("best_*.pt")) == {
+        folder / f"best_{r['t2w_ssim']:.4f}_{r['step'] // 5:04d}.pt" for r in top}
+
+
+def test_the_top_few_are_kept_the_others_go_and_an_epoch_stands_once(tmp_path):
+    t = alone(replace(CONFIG, run=str(tmp_path), keep_best=2))
+
+    def names():
+        return sorted(p.name for p in tmp_path.glob("*.pt"))
+
+    for epoch, value in enumerate((0.5, 0.7, 0.6)):
+        t.epoch, t.step = epoch, 10 * epoch
+        train.save_best(t, {"t2w_ssim": value, "t2w_psnr_db": 20.0})
+    assert names() == ["best.pt", "best_0.6000_0003.pt", "best_0.7000_0002.pt"]
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
+    # the third epoch goes on after --max-steps, and is judged again at its end
+    train.save_best(t, {"t2w_ssim": 0.8, "t2w_psnr_db": 20.0})
+    assert names() == ["best.pt", "best_0.7000_0002.pt", "best_0.8000_0003.pt"]
+    assert checkpoint.load(tmp_path / "best.pt")["best"]["t2w_ssim"] == 0.8
+    train.save_best(t, {"t2w_ssim": 0.80001, "t2w_psnr_db": 20.0})  # the same name
+    assert names() == ["best.pt", "best_0.7000_0002.pt", "best_0.8000_0003.pt"]
+    assert t.best["kept"] == [[0.80001, 3], [0.7, 2]]
+
+
+def test_without_validation_subjects_best_pt_is_the_latest(run, tmp_path):
+    store = write_store(tmp_path / "slices", {"train": ["01", "02"], "test": ["03"]})
+    outcome = run("--max-steps", 7, store=store)
+    assert outcome.code == 0 and "no subjects: best.pt is the latest" in outcome.out
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == 7
+    assert not list((tmp_path / "run").glob("best_*.pt"))
+
+
+def test_a_checkpoint_holds_what_the_design_says_in_plain_types_and_plain_names(run, tmp_path):
+    run("--max-steps", 2)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert set(checkpoint.RESUME_KEYS) == set(state)
+    assert state["slices_seen"] == 2 and state["preprocessing"]["subjects"]["train"] == [
+        "painted_sub-01", "painted_sub-02", "painted_sub-03"]
+    nets = alone().nets
+    for name in ("G", "F"):
+        assert state["generators"][name].keys() == getattr(nets, name).state_dict().keys()
+        assert state["ema"][name].keys() == getattr(nets, name).state_dict().keys()
+    for name in ("D_X", "D_Y"):
+        assert state["discriminators"][name].keys() == getattr(nets, name).state_dict().keys()
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert set(best) == set(checkpoint.INFERENCE_KEYS)
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("first, workers", [(7, 0), (10, 2)], ids=["mid-epoch", "epoch's end"])
+def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit(run, tmp_path, first, workers):
+    options = ["--history-size", 3, "--batch-size", 2, "--log-every", 3, "--epochs", 2,
+               "--epochs-decay", 2, "--workers", workers]
+    assert run(*options, "--max-steps", 14, folder="whole").code == 0
+    assert run(*options, "--max-steps", first, folder="parts").code == 0
+    assert run(*options, "--max-steps", 14, "--resume", folder="parts").code == 0
+    whole, parts = (torch.load(tmp_path / f / "last.pt", weights_only=True)
+                    for f in ("whole", "parts"))
+    assert whole["history"][0]["x"]["count"] == 3
+    for key in ("step", "epoch", "slices_seen", "generators", "discriminators", "ema",
+                "optimizers", "schedulers", "scaler", "history", "sampler"):
+        assert same(whole[key], parts[key], key) == ""
+    for kind in ("loss", "schedule"):
+        assert records(tmp_path / "whole", kind) == records(tmp_path / "parts", kind)
+    steps = [r["step"] for r in records(tmp_path / "parts", "loss")]
+    assert steps == [3, 6, 9, 12]
+
+
+def test_nothing_is_left_to_train_at_the_end_and_more_steps_or_epochs_go_on(run, tmp_path):
+    options = ["--epochs", 1, "--epochs-decay", 1]
+    assert run(*options).code == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    outcome = run(*options)
+    assert outcome.code == 0 and "nothing left to train: step 10 of 10 is done" in outcome.out
+    assert run(*options, "--max-steps", 4).out.count("nothing left to train") == 1
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert run("--epochs", 1, "--epochs-decay", 2, "--log-every", 1).code == 0
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 15
+    # the rate is the new schedule's from the first step on, not the old one's zero
+    rates = [r["lr"] for r in records(tmp_path / "run", "schedule")]
+    assert rates == pytest.approx([2e-4 * k / 10 for k in (5, 4, 3, 2, 1)])
+
+
+def test_steps_that_a_killed_run_logged_but_did_not_save_are_logged_once(run, tmp_path):
+    run("--max-steps", 4, "--log-every", 1)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"kind": "loss", "step": 5, "G": 9}\n{"kind": "loss", "st')
+    run("--max-steps", 6, "--log-every", 1)
+    assert [r["step"] for r in records(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_changed_options_are_refused_by_name_and_taken_with_override(run, tmp_path):
+    run("--max-steps", 2)
+    outcome = run("--max-steps", 4, "--lr", 0.001, "--betas", 0.9, 0.99, "--history-size", 7)
+    assert outcome.code == 2
+    for part in ("last.pt: was trained with", "--lr 0.0002 (now 0.001)",
+                 "--history-size 50 (now 7)", "--betas [0.5, 0.999] (now [0.9, 0.99])",
+                 "--override"):
+        assert part in outcome.complaint
+    outcome = run("--max-steps", 4, "--lr", 0.001, "--betas", 0.9, 0.99, "--history-size", 7,
+                  "--batch-size", 2, "--gan-loss", "hinge", "--no-flip", "--override",
+                  "--log-every", 1)
+    assert outcome.code == 0
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert [r["lr"] for r in records(tmp_path / "run", "schedule")] == [0.001, 0.001]
+    for optimizer in state["optimizers"].values():
+        assert tuple(optimizer["param_groups"][0]["betas"]) == (0.9, 0.99)
+        assert optimizer["param_groups"][0]["lr"] == 0.001
+    assert state["history"][0]["x"]["size"] == 7
+    assert state["slices_seen"] == 2 + 2 * 2
+
+
+def test_the_nets_of_a_run_cannot_change_even_with_override(run):
+    run("--max-steps", 1)
+    outcome = run("--max-steps", 2, "--features", 6, "--override")
+    assert outcome.code == 2
+    assert "--features 4 (now 6)" in outcome.complaint and "--override" not in outcome.complaint
+
+
+def test_options_that_change_nothing_that_is_learnt_may_differ(run):
+    run("--max-steps", 1)
+    outcome = run("--max-steps", 2, "--workers", 2, "--log-every", 1, "--save-minutes", 0,
+                  "--keep-best", 1, "--epochs", 9)
+    assert outcome.code == 0
+
+
+def test_resume_without_anything_to_resume_is_an_error(run, tmp_path):
+    for resume in (["--resume"], ["--resume", tmp_path / "other" / "last.pt"]):
+        outcome = run("--max-steps", 1, *resume)
+        assert outcome.code == 2
+        assert "last.pt: no such checkpoint" in outcome.complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_go_on_in_another_folder(run, tmp_path):
+    run("--max-steps", 3, folder="old")
+    assert run("--max-steps", 5, "--resume", tmp_path / "old" / "last.pt", folder="new").code == 0
+    assert checkpoint.load(tmp_path / "new" / "last.pt")["step"] == 5
+    assert (tmp_path / "new" / "best.pt").exists()
+
+
+def test_a_best_pt_cannot_be_resumed(run, tmp_path):
+    run("--max-steps", 1)
+    outcome = run("--max-steps", 2, "--resume", tmp_path / "run" / "best.pt")
+    assert outcome.code == 2 and "resume from last.pt" in outcome.complaint
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_last_pt_falls_back_to_the_one_before_and_ends_alike(run, tmp_path):
+    options = ["--max-steps", 9, "--history-size", 3]
+    run(*options, folder="whole")
+    run(*options)
+    damage(tmp_path / "run" / "last.pt")
+    outcome = run(*options)
+    assert outcome.code == 0
+    assert "damaged" in outcome.out and "going on from" in outcome.out
+    assert "last.previous.pt, step 5" in outcome.out
+    whole, again = (torch.load(tmp_path / f / "last.pt", weights_only=True)
+                    for f in ("whole", "run"))
+    for key in ("generators", "discriminators", "optimizers", "history", "ema"):
+        assert same(whole[key], again[key], key) == ""
+
+
+def test_a_run_killed_between_the_two_renames_goes_on_from_the_one_before(run, tmp_path):
+    run("--max-steps", 7)
+    (tmp_path / "run" / "last.pt").unlink()
+    outcome = run("--max-steps", 9)
+    assert outcome.code == 0 and "last.previous.pt, step 5" in outcome.out
+
+
+def test_two_damaged_checkpoints_are_one_error(run, tmp_path):
+    run("--max-steps", 7)
+    damage(tmp_path / "run" / "last.pt")
+    damage(tmp_path / "run" / "last.previous.pt")
+    outcome = run("--max-steps", 9)
+    assert outcome.code == 2 and "last.previous.pt: not a checkpoint" in outcome.complaint
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"some text", "not a checkpoint of this program"), (b"", "not a checkpoint of this program"),
+    ({"state_dict": {}}, "not a checkpoint of this program"),
+    ({"format": {"name": checkpoint.FORMAT, "version": 99}}, "version 99, this program reads"),
+], ids=["text", "empty", "another program's", "another version's"])
+def test_a_checkpoint_that_is_none_is_one_error(run, tmp_path, content, said):
+    path = tmp_path / "other.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    outcome = run("--max-steps", 1, "--resume", path)
+    assert outcome.code == 2 and said in outcome.complaint
+
+
+def test_another_store_is_refused(run, tmp_path):
+    run("--max-steps", 1)
+    larger = write_store(tmp_path / "larger", SPLITS, size=40)
+    outcome = run("--max-steps", 2, "--override", store=larger)
+    assert outcome.code == 2
+    assert "made with size 40, " in outcome.complaint and "trained on 32" in outcome.complaint
+
+    others = write_store(tmp_path / "others", {**SPLITS, "train": ["01", "02", "06"],
+                                               "test": ["03"]})
+    outcome = run("--max-steps", 2, store=others)
+    assert outcome.code == 2 and "painted_sub-03 for one" in outcome.complaint
+    assert run("--max-steps", 2, "--override", store=others).code == 0
+    state = checkpoint.load(tmp_path / "run" / "best.pt")  # has seen all four by now
+    assert state["preprocessing"]["subjects"]["train"] == [
+        f"painted_sub-0{k}" for k in (1, 2, 3, 6)]
+
+
+# ------------------------------------------------------------------------------------ stopping
+
+
+@pytest.fixture
+def terminate_soon(tmp_path):
+    """Send this process SIGTERM once the run has logged a step; start it before the run."""
+    def wait_and_send():
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        for _ in range(6000):
+            if metrics.exists() and metrics.stat().st_size:
+                return os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # a run that ends early harms nobody
+    thread = threading.Thread(target=wait_and_send)
+    yield thread
+    thread.join()
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_terminated_run_saves_and_the_same_command_goes_on_to_the_same_end(
+        run, tmp_path, terminate_soon):
+    options = ["--steps-per-epoch", 0, "--max-steps", 45, "--log-every", 1, "--history-size", 3]
+    terminate_soon.start()
+    outcome = run(*options)
+    stopped_at = checkpoint.load(tmp_path / "run" / "last.pt")["step"]
+    assert outcome.code == 1 and stopped_at < 45
+    assert f"stopped at step {stopped_at} of 45" in outcome.out and outcome.err == ""
+    assert run(*options).code == 0
+    assert run(*options, folder="whole").code == 0
+    whole, parts = (torch.load(tmp_path / f / "last.pt", weights_only=True)
+                    for f in ("whole", "run"))
+    for key in ("generators", "discriminators", "optimizers", "history", "ema", "sampler"):
+        assert same(whole[key], parts[key], key) == ""
+    assert records(tmp_path / "whole", "loss") == records(tmp_path / "run", "loss")
+
+
+def test_a_run_stopped_at_an_epochs_last_step_is_validated_when_it_goes_on(slices, tmp_path):
+    config = replace(CONFIG, slices=str(slices), run=str(tmp_path), workers=0)
+    store = SliceStore(slices)
+    loader = UnpairedBatches(store, batch_size=1, steps_per_epoch=5)
+    t = Training(config, Process(0, 1, CPU), 5, train.preprocessing_record(store))
+    t.config = replace(config, epochs=1, epochs_decay=0)
+    log = train.RunLog(tmp_path, t.process, 0)
+
+    class StopAtFive(train.StopRequest):
+        asked = property(lambda self: t.step == 5, lambda self, value: None)
+
+    assert not train.loop(t, loader, store, log, StopAtFive())
+    assert t.best["judged_step"] == 0
+    log.close()
+    outcome = run_command(train.main, "--slices", slices, "--run", tmp_path, *TINY, "--epochs", 1,
+                          "--epochs-decay", 0, "--steps-per-epoch", 5, "--override")
+    assert outcome.code == 0 and "nothing left" not in outcome.out
+    assert [r["step"] for r in records(tmp_path, "validation")] == [5]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 5
+
+
+def test_the_signal_handlers_of_before_come_back(run):
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        run("--max-steps", 1)
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+def test_losses_that_are_nan_stop_the_run_by_name_in_one_line(run, tmp_path):
+    store = write_store(tmp_path / "slices", {"train": ["01", "02"], "val": ["03"]})
+    change_rows(store, "t1w.npy", slice(0, 12), np.nan)
+    outcome = run("--max-steps", 5, "--log-every", 2, store=store)
+    assert outcome.code == 1
+    assert "loss G, " in outcome.complaint and "D_X" in outcome.complaint
+    assert "not finite by step 2" in outcome.complaint
+    assert not list((tmp_path / "run").glob("*.pt"))
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_lost_weights_do_not_replace_good_ones(run, tmp_path):
+    run("--max-steps", 2)
+    good = (tmp_path / "run" / "last.pt").read_bytes()
+    # the losses of step 3 are finite, its gradients are not; --save-minutes 0 saves every step
+    outcome = run("--max-steps", 9, "--lambda-cycle", 1e39, "--override", "--save-minutes", 0)
+    assert outcome.code == 1
+    assert "weights of G, F not finite by step 3" in outcome.complaint
+    assert (tmp_path / "run" / "last.pt").read_bytes() == good
+    # nor are they judged where the run ends with that step
+    outcome = run("--max-steps", 3, "--lambda-cycle", 1e39, "--override")
+    assert outcome.code == 1 and "weights of G" in outcome.complaint
+    assert (tmp_path / "run" / "last.pt").read_bytes() == good
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--batch-size", 0], "--batch-size 0: must be at least 1"),
+    (["--batch-size", 19], "has 18 slices, a step of 1 x 19 needs 19"),
+    (["--epochs", 0, "--epochs-decay", 0], "nothing to train"),
+    (["--lr", 2], "--lr 2.0"), (["--lr", "nan"], "--lr nan"), (["--ema", 1], "--ema 1.0"),
+    (["--lambda-identity", "nan"], "--lambda-identity nan"),
+    (["--lambda-cycle", "inf"], "--lambda-cycle"), (["--lambda-cycle", 1, 2, 3], "one or two"),
+    (["--betas", 0.5], "--betas (0.5,)"), (["--betas", 0.5, 1], "--betas (0.5, 1.0)"),
+    (["--history-size", -1], "--history-size -1"), (["--seed", -1], "--seed -1"),
+    (["--gan-loss", "l2"], "invalid choice"), (["--device", "gpu"], "--device gpu"),
+    (["--precision", "fp16"], "needs a CUDA device"), (["--steps", 5], "--steps"),
+])
+def test_options_that_cannot_work_are_one_error_before_anything_is_written(run, tmp_path, options,
+                                                                           said):
+    outcome = run("--max-steps", 1, *options)
+    assert outcome.code == 2 and said in outcome.complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_that_is_none_is_one_error(run, tmp_path):
+    outcome = run(store=tmp_path / "nothing")
+    assert outcome.code == 2 and "no slice store there" in outcome.complaint
+    (tmp_path / "run").write_text("a file")
+    outcome = run("--max-steps", 1)
+    assert outcome.code == 2 and "is a file; name a folder" in outcome.complaint
+
+
+def test_no_constant_part_is_fine(run):
+    assert run("--epochs", 0, "--epochs-decay", 1).code == 0
+
+
+def test_every_field_of_the_config_is_an_option_with_help():
+    offered = [name for options in train.HELP.values() for name in options]
+    assert sorted(offered) == sorted(f.name for f in fields(TrainConfig))
+    assert train.parse_args([])[0] == TrainConfig()
+    assert train.parse_args(["--lambda-cycle", "3"])[0].lambda_cycle == (3.0, 3.0)
+    assert train.parse_args(["--lambda-cycle", "3", "4"])[0].lambda_cycle == (3.0, 4.0)
+
+
+def test_the_defaults_are_the_papers_but_for_the_two_said():
+    c = TrainConfig()
+    assert (c.gan_loss, c.lambda_cycle, c.history_size, c.lr, c.betas, c.batch_size) == (
+        "lsgan", (10.0, 10.0), 50, 2e-4, (0.5, 0.999), 1)
+    assert (c.epochs, c.epochs_decay, c.features, c.upsample) == (100, 100, 64, "transpose")
+    assert (c.lambda_identity, c.ema) == (0.1, 0.999)
+
+
+def test_training_imports_no_imaging_libraries():
+    program = ("import sys, train\n"
+               "others = 'nibabel', 'SimpleITK', 'scipy', 'matplotlib', 'HD_BET', 'nilearn'\n"
+               "print([name for name in others if name in sys.modules])")
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                           text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------------- two processes
+
+
+def digest(nets):
+    content = hashlib.sha256()
+    for p in nets.parameters():
+        content.update(p.detach().cpu().numpy().tobytes())
+    return content.hexdigest()
+
+
+def one_of_two(rank, port, slices, out):
+    """What each of two gloo processes does; its findings go into a file."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    process, store = start_process("cpu"), SliceStore(slices)
+    found = {"flags": process.any(rank == 1, False), "gathered": process.gather(rank),
+             "mean": process.mean(torch.tensor([float(rank)])).tolist()}
+
+    # the averaged gradient of one step without flips and history
+    config = replace(CONFIG, slices=str(slices), run=str(out / "run"), workers=1, flip=False,
+                     history_size=0)
+    loader = UnpairedBatches(store, batch_size=1, rank=rank, world=2)
+    t = Training(config, process, loader.steps_per_epoch)
+    train_step(t, *next(loader.batches(0)))
+    found["gradients"] = {name: p.grad for name, p in t.nets.named_parameters()}
+    found["figures"] = train.validate(t, store)
+
+    # two epochs of the real loop, in one part and in two
+    config = replace(config, flip=True, history_size=4, epochs=1, epochs_decay=1, log_every=4)
+
+    def go_on(config, state=None):
+        t = Training(config, process, loader.steps_per_epoch, train.preprocessing_record(store))
+        if state:
+            t.load(state)
+        log = train.RunLog(Path(config.run), process, t.step)
+        assert train.loop(t, loader, store, log, train.StopRequest())
+        log.close()
+        process.any(False)  # the file is there
+        return t
+
+    t = go_on(config)
+    found["weights"], found["averages"] = digest(t.nets), digest(t.ema.G)
+    parts = replace(config, run=str(out / "parts"))
+    go_on(replace(parts, max_steps=5))
+    again = go_on(parts, checkpoint.load(out / "parts" / "last.pt", resume=True))
+    found["weights in parts"] = digest(again.nets)
+    found["rows"] = [loader.rows(0, step) for step in range(loader.steps_per_epoch)]
+    found["history"] = t.history["x"].state_dict()["images"]
+    torch.save(found, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def two_processes(slices, tmp_path_factory):
+    """Findings of `one_of_two` on ranks 0 and 1, and the folder with their run."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (port, slices, out), nprocs=2)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)], out
+
+
+def test_two_processes_end_with_equal_weights(two_processes):
+    (first, second), _ = two_processes
+    assert first["weights"] == second["weights"] and first["averages"] == second["averages"]
+    assert first["weights"] != digest(alone().nets)
+
+
+def test_two_processes_in_two_parts_equal_those_in_one_part_to_the_bit(two_processes):
+    (first, second), out = two_processes
+    assert first["weights in parts"] == second["weights in parts"] == first["weights"]
+    assert records(out / "parts", "loss") == records(out / "run", "loss")
+
+
+def test_no_slice_is_seen_by_both_processes_in_an_epoch(two_processes):
+    (first, second), _ = two_processes
+    for domain in (0, 1):
+        seen = [np.concatenate([pair[domain] for pair in found["rows"]])
+                for found in (first, second)]
+        assert not set(seen[0]) & set(seen[1])
+        assert len(set(np.concatenate(seen))) == 18  # and all of them once
+
+
+def test_two_processes_gradient_is_that_of_one_with_the_double_batch(two_processes, slices):
+    (first, second), _ = two_processes
+    store = SliceStore(slices)
+    batches = [next(UnpairedBatches(store, batch_size=1, rank=r, world=2).batches(0))
+               for r in (0, 1)]
+    t = alone(replace(CONFIG, history_size=0))
+    train_step(t, *(torch.cat(pair) for pair in zip(*batches)))
+    for name, p in t.nets.named_parameters():
+        torch.testing.assert_close(first["gradients"][name], p.grad, atol=1e-5, rtol=1e-4)
+        assert torch.equal(first["gradients"][name], second["gradients"][name])
+
+
+def test_each_process_keeps_histories_of_its_own_and_the_checkpoint_all_of_them(two_processes):
+    (first, second), out = two_processes
+    assert not torch.equal(first["history"], second["history"])
+    state = checkpoint.load(out / "run" / "last.pt", resume=True)
+    for found, kept in zip((first, second), state["history"]):
+        assert torch.equal(found["history"], kept["x"]["images"])
+
+
+def test_validation_does_not_depend_on_how_many_processes_share_it(two_processes, slices):
+    (first, second), _ = two_processes
+    store = SliceStore(slices)
+    batches = [next(UnpairedBatches(store, batch_size=1, rank=r, world=2).batches(0))
+               for r in (0, 1)]
+    t = alone(replace(CONFIG, history_size=0))
+    train_step(t, *(torch.cat(pair) for pair in zip(*batches)))
+    assert first["figures"] == pytest.approx(train.validate(t, store), abs=1e-3)
+    assert len(first["figures"]) == 4 and second["figures"] == {}
+
+
+def test_only_the_first_process_writes_and_collectives_reach_all(two_processes):
+    (first, second), out = two_processes
+    assert first["flags"] == second["flags"] == [True, False]
+    assert first["mean"] == second["mean"] == [0.5]
+    assert first["gathered"] == [0, 1] and second["gathered"] == []
+    steps = [r["step"] for r in records(out / "run", "loss")]
+    assert steps == [4, 8, 12, 16]
+    log = (out / "run" / "log.txt").read_text()
+    assert log.count("validation") == 2
+
+
+def test_checkpoints_of_several_processes_have_unwrapped_names(two_processes):
+    _, out = two_processes
+    state = checkpoint.load(out / "run" / "last.pt", resume=True)
+    nets = alone().nets
+    assert state["generators"]["G"].keys() == nets.G.state_dict().keys()
+    assert state["discriminators"]["D_Y"].keys() == nets.D_Y.state_dict().keys()
+
+
+def test_one_process_goes_on_where_two_left_off(two_processes, slices):
+    """Two processes take 9 steps an epoch, one takes 18: the place in the epochs is kept."""
+    _, out = two_processes
+    state = checkpoint.load(out / "run" / "last.pt", resume=True)
+    state["epoch"], state["sampler"]["epoch"], state["sampler"]["step"] = 1, 1, 4
+    t = alone(replace(CONFIG, history_size=4, epochs=1, epochs_decay=1), steps_per_epoch=18)
+    t.load(state)
+    assert (t.epoch, t.epoch_step, t.step) == (1, 8, 18)
+    assert t.learning_rate == pytest.approx(2e-4 * (1 - 8 / 18))
+    assert t.last_step == 18 + 10
+
+
+# ------------------------------------------------------------------------------------------ CUDA
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(NO_GPU, reason="no CUDA GPU here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_on_a_gpu_moves_all_nets_and_agrees_with_the_cpus(precision):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    on_gpu = Training(replace(CONFIG, precision=precision), Process(0, 1, torch.device("cuda", 0)),
+                      10)
+    on_cpu = alone()
+    before = copy.deepcopy(on_gpu.nets.state_dict())
+    real_x, real_y = draw_slices(2)
+    wanted = train_step(on_cpu, real_x, real_y)
+    found = train_step(on_gpu, real_x.cuda(), real_y.cuda())
+    close = 1e-4 if precision == "fp32" else 0.03
+    torch.testing.assert_close(found.cpu(), wanted, atol=close, rtol=close)
+    assert found.dtype == torch.float32
+    for _ in range(10 if precision == "fp16" else 0):  # its first steps find a scale that holds
+        train_step(on_gpu, real_x.cuda(), real_y.cuda())
+    after = on_gpu.nets.state_dict()
+    assert all(v.isfinite().all() and v.dtype == torch.float32 for v in after.values())
+    assert {k.split(".")[0] for k, v in after.items() if not torch.equal(v, before[k])} == {
+        "G", "F", "D_X", "D_Y"}
+    assert on_gpu.scaler.is_enabled() == (precision == "fp16")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(NO_GPU, reason="no CUDA GPU here")
+def test_an_overflow_in_fp16_skips_that_optimiser_and_halves_the_scale_once():
+    t = Training(replace(CONFIG, precision="fp16"), Process(0, 1, torch.device("cuda", 0)), 10)
+    t.scaler = torch.amp.GradScaler("cuda", init_scale=2.0 ** 120)  # overflows in every gradient
+    before = copy.deepcopy(t.nets.state_dict())
+    train_step(t, *(v.cuda() for v in draw_slices(1)))
+    assert all(torch.equal(v, before[k]) for k, v in t.nets.state_dict().items())
+    assert t.scaler.get_scale() == 2.0 ** 119
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(NO_GPU, reason="no CUDA GPU here")
+def test_a_run_moves_between_cpu_and_gpu_and_between_precisions(run, tmp_path):
+    assert run("--max-steps", 2).code == 0
+    for steps, options in ((4, ["--device", "cuda", "--precision", "fp16"]),
+                           (6, ["--device", "cuda", "--precision", "bf16"]),
+                           (8, ["--device", "cuda", "--precision", "fp16"]),
+                           (10, ["--device", "cpu", "--precision", "fp32"])):
+        outcome = run("--max-steps", steps, *options)
+        assert outcome.code == 0, outcome.err
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 10
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(NO_GPU, reason="no CUDA GPU here")
+def test_torchrun_trains_with_nccl_on_one_gpu_and_goes_on(slices, tmp_path):
+    for steps in (2, 4):
+        done = subprocess.run(
+            [sys.executable, "torchrun.py", "--nproc_per_node=1", "train.py", "--slices", slices,
+             "--run", tmp_path / "run", *TINY, "--device", "cuda", "--precision", "bf16",
+             "--max-steps", str(steps), "--save-minutes", "0", "--log-every", "1"],
+            cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == steps
+    assert [r["step"] for r in records(tmp_path / "run", "loss")] == [1, 2, 3, 4]
