@@ -47,13 +47,13 @@ def run(main: Callable[[list[str] | None], int]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if os.environ.get("TRACEBACK"):  # for developers
         return main(None)
+    logging.raiseExceptions = False  # a reader that left (`| head`) stops no work
     try:
         return main(None)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG_INPUT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return FAILED
     except OSError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -61,6 +61,17 @@ def run(main: Callable[[list[str] | None], int]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return FAILED
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write out what is printed; where nobody reads it, keep Python from saying so at its exit."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -128,6 +128,8 @@ def _check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
+    if args.seed > 2 ** 31:
+        raise ValueError(f"--seed {args.seed}: must be at most {2 ** 31}")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file; name a folder")
 

@@ -124,6 +124,10 @@ def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:
     for subject in sorted(root.glob("sub-*")):
         if not subject.is_dir():
             continue
+        try:
+            str(subject).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{str(subject)!a}: the name is not UTF-8; rename it") from None
         for anat in [subject / "anat", *sorted(subject.glob("ses-*/anat"))]:
             if anat.is_dir():
                 session = anat.parent.name[4:] if anat.parent != subject else ""

@@ -13,9 +13,11 @@ store, or the new one, or a commit that the next writer completes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -371,10 +373,10 @@ def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
         _write_array(folder / f"{name}.new", shapes[index], dtypes[index], blocks)
     full = {"format": FORMAT, "version": VERSION, **header, "layout": LAYOUT,
             "mask": "bits along W, most significant first", "counts": _counts(rows)}
-    _write_synced(folder / "store.json.new", (json.dumps(full, indent=1) + "\n").encode())
-    _write_synced(folder / "subjects.tsv.new", table(COLUMNS, rows))
-    _write_synced(folder / "skipped.tsv.new", table(
-        ("id", "reason"), [{"id": i, "reason": skipped[i]} for i in sorted(skipped)]))
+    _write_synced(folder / "store.json.new", [(json.dumps(full, indent=1) + "\n").encode()])
+    _write_synced(folder / "subjects.tsv.new", [table(COLUMNS, rows)])
+    _write_synced(folder / "skipped.tsv.new", [table(
+        ("id", "reason"), [{"id": i, "reason": skipped[i]} for i in sorted(skipped)])])
     done = [f"{s['id']}.npz" for s in rows if s["id"] in fresh]
     write_atomically(folder / COMMIT, json.dumps({"parts": done}).encode())
     _complete(folder)
@@ -405,14 +407,12 @@ def _counts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 def _write_array(path: Path, shape: tuple[int, ...], dtype: str,
                  blocks: Iterator[np.ndarray]) -> None:
-    with open(path, "wb") as out:
-        np.lib.format.write_array_header_1_0(
-            out, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
-                  "shape": shape})
-        for block in blocks:
-            out.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
-        out.flush()
-        os.fsync(out.fileno())
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+                 "shape": shape})
+    content = (np.ascontiguousarray(block, dtype=dtype).tobytes() for block in blocks)
+    _write_synced(path, itertools.chain([header.getvalue()], content))
 
 
 def _complete(folder: Path) -> None:
@@ -446,30 +446,35 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that its name only ever stands for the whole content."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        _write_synced(temporary, content)
+        _write_synced(temporary, [content])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
+def _write_synced(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write blocks and wait for the disk; an error names the file."""
+    try:
+        with open(path, "wb") as out:
+            for block in blocks:
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk: say where
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last (a no-op where folders cannot be opened)."""
-    try:
+    """Make renames in a folder last, where the file system can."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------ check

@@ -269,6 +269,7 @@ REFUSED = {
     "--split 0": (["--split", "0", ".5", ".5"], "the first above 0"),
     "--limit 0": (["--limit", "0"], "--limit 0: must be at least 1"),
     "--workers": (["--workers", "-1"], "--workers -1"),
+    "--seed": (["--seed", "99999999999"], "--seed 99999999999: must be at most 2147483648"),
     "--min-brain-area": (["--min-brain-area", "1.5"], "--min-brain-area 1.5"),
     "--brain-ml": (["--brain-ml", "2000", "800"], "--brain-ml 2000.0 800.0"),
     "--val nobody": (["--val", "77"], "subject '77' of --val or --test is not there"),
@@ -610,3 +611,18 @@ def test_an_interrupted_command_says_one_line_and_leaves_no_process(how, raw_tre
     assert err.splitlines() == ["stopped; the same command goes on from here"]
     assert len(list((tmp_path / "out" / "parts").glob("*.npz"))) < 4, "at once, not at the end"
     assert_ended(workers)
+
+
+def test_a_full_disk_names_the_file_and_the_next_run_goes_on(small_tree, small_store, tmp_path):
+    resource = pytest.importorskip("resource")
+    command = [sys.executable, "preprocess.py", "--bids", small_tree, "--out", tmp_path / "out",
+               *EXTRACTED, "--val", "04", "--test", "05", "--workers", "0"]
+    sizes = [(small_store / name).stat().st_size for name in ("t1w.npy", "t2w.npy")]
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
+                                                                (min(sizes) - 999,) * 2))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and "t1w.npy.new" in done.stderr
+    assert run(tmp_path / "out", small_tree,
+               options=[*EXTRACTED, "--val", "04", "--test", "05"]).code == 0
+    assert content(tmp_path / "out") == content(small_store)

@@ -624,9 +624,12 @@ def test_lost_weights_do_not_replace_good_ones(run, tmp_path):
     assert "weights of G, F not finite by step 3" in outcome.complaint
     assert (tmp_path / "run" / "last.pt").read_bytes() == good
     # nor are they judged where the run ends with that step
+    checkpoints = sorted((tmp_path / "run").glob("*.pt"))
     outcome = run("--max-steps", 3, "--lambda-cycle", 1e39, "--override")
     assert outcome.code == 1 and "weights of G" in outcome.complaint
     assert (tmp_path / "run" / "last.pt").read_bytes() == good
+    assert sorted((tmp_path / "run").glob("*.pt")) == checkpoints
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("options, said", [
@@ -868,6 +871,17 @@ def test_an_overflow_in_fp16_skips_that_optimiser_and_halves_the_scale_once():
     train_step(t, *(v.cuda() for v in draw_slices(1)))
     assert all(torch.equal(v, before[k]) for k, v in t.nets.state_dict().items())
     assert t.scaler.get_scale() == 2.0 ** 119
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(NO_GPU, reason="no CUDA GPU here")
+def test_the_scale_of_fp16_is_part_of_the_checkpoint():
+    config, process = replace(CONFIG, precision="fp16"), Process(0, 1, torch.device("cuda", 0))
+    first, second = (Training(config, process, 10) for _ in range(2))
+    first.scaler.scale(torch.ones(1, device="cuda"))
+    first.scaler.update(32.0)
+    second.load(first.state())
+    assert second.scaler.get_scale() == 32.0
 
 
 @pytest.mark.cuda

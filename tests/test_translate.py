@@ -172,6 +172,14 @@ def test_each_direction_has_its_net_and_each_net_sees_slices_as_in_training(ckpt
     assert (slices > -1).any(dim=-1).any(dim=-1).all()  # none of them is empty
 
 
+def test_g_makes_t2w_and_f_makes_t1w(ckpt):
+    made = Translator(ckpt, device="cpu", precision="fp32")
+    slices = torch.rand(1, 1, 48, 48) * 2 - 1
+    for direction, net in zip(("t1w-to-t2w", "t2w-to-t1w"),
+                              checkpoint.load_generators(checkpoint.load(ckpt))):
+        assert torch.equal(made.generators[direction](slices), net(slices))
+
+
 def test_a_brain_larger_than_the_frame_is_said_and_filled_with_its_rim(tmp_path, command):
     ckpt = write_checkpoint(tmp_path / "small.pt", size=32)
     scan((40, 48, 36), (4, 4, 4)).to_filename(tmp_path / "sub-01_T1w.nii")

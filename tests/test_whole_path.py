@@ -35,7 +35,7 @@ def path(tmp_path_factory):
     printed["preprocess"] = command(
         "preprocess.py", "--simulate", 3, "--downloads", out / "trees", "--out", out / "slices",
         "--size", 48, "--spacing", 4, "--workers", 2, "--val", "sim002", "--test", "sim003").stdout
-    train = ["--slices", out / "slices", "--run", out / "run", *TINY, "--log-every", 1]
+    train = ["--slices", out / "slices", "--run", out / "run", *TINY, "--log-every", 1, "--no-flip"]
     printed["train"] = command(*TORCHRUN, *train, "--max-steps", 2).stdout
     printed["resume"] = command("train.py", *train, "--max-steps", 4, "--resume").stdout
     printed["evaluate"] = command("evaluate.py", "--slices", out / "slices", "--ckpt",
@@ -60,6 +60,10 @@ def test_two_processes_train_and_one_goes_on_where_they_stopped(path):
     state = torch.load(out / "run" / "last.pt", weights_only=True)
     assert state["step"] == 4 and state["slices_seen"] == 2 * 2 + 2
     assert not any(name.startswith("module.") for name in state["generators"]["G"])
+    # each of the two has seen, and translated, slices of its own
+    first, second = torch.load(out / "run" / "last.previous.pt", weights_only=True)["history"]
+    assert first["x"]["count"] == second["x"]["count"] == 2
+    assert not (first["x"]["images"] == second["x"]["images"]).flatten(1).all(1).any()
     losses = [json.loads(line) for line in (out / "run" / "metrics.jsonl").open()]
     assert [r["step"] for r in losses if r["kind"] == "loss"] == [1, 2, 3, 4]
 
@@ -90,7 +94,7 @@ def test_whole_volumes_are_translated_on_their_own_grids(path):
 def test_the_run_folder_says_when_nothing_is_left(path):
     out, _ = path
     done = command("train.py", "--slices", out / "slices", "--run", out / "run", *TINY,
-                   "--max-steps", 4)
+                   "--no-flip", "--max-steps", 4)
     assert "nothing left to train: step 4 of 4" in done.stdout
 
 
