@@ -6,7 +6,6 @@ bottom all differ. The brain has 1.2 to 1.6 litres.
 """
 
 import json
-from itertools import product
 
 import nibabel as nib
 import numpy as np
@@ -133,8 +132,3 @@ def content(folder):
     """Every file below a folder: relative name to bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file()}
-
-
-def corners(shape):
-    """(8, 4) homogeneous voxel indices of a grid's corners."""
-    return np.array([[*c, 1] for c in product(*((0, n - 1) for n in shape))], dtype=float)
