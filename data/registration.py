@@ -77,7 +77,9 @@ def register_rigid(t1w: Volume, t2w: Volume, mask: np.ndarray, *, seed: int = 0)
         note = f"search moved {moved[0]:.0f} mm and {moved[1]:.0f} degrees; headers kept"
         return Registration(np.eye(4), "headers", 0.0, 0.0, before, before, note)
     if not after >= before:
-        note = f"search lowered mutual information {before:.3f} to {after:.3f}; headers kept"
+        # within a millimetre and a degree the headers were right, and there is nothing to note
+        note = "" if max(moved) < 1 else (
+            f"search lowered mutual information {before:.3f} to {after:.3f}; headers kept")
         return Registration(np.eye(4), "headers", 0.0, 0.0, before, before, note)
     return Registration(matrix, "rigid", *moved, before, after)
 

@@ -97,7 +97,8 @@ def test_a_search_that_lowers_the_mutual_information_keeps_the_headers_alignment
     t1w = scan((46, 56, 36), affine, "T1w", extracted=False)
     t2w = volume_from_image(nib.Nifti1Image(1000 - t1w.data, affine), "T2w.nii")
     found = register_rigid(t1w, t2w, paint(t1w.data.shape, affine) > 0)
-    assert found.method == "headers" and "lowered mutual information" in found.note
+    assert found.method == "headers" and found.mi_after == found.mi_before
+    assert found.note == ""  # the search ended within a millimetre: nothing to look into
     np.testing.assert_array_equal(found.matrix, np.eye(4))
 
 
