@@ -77,9 +77,7 @@ class Translator:
     def __call__(self, image: Any, direction: str) -> Any:
         """Translate a nibabel image; the answer is one, on the same grid, float32 in [0, 1]."""
         volume = volume_from_image(image)
-        made = image_like(volume, self.translate(volume, direction)[0])
-        # made with its header alone, which is enough for a file; in memory it needs its affine, too
-        return type(made)(made.dataobj, image.affine, made.header)
+        return image_like(volume, self.translate(volume, direction)[0])
 
     def translate(self, volume: Volume, direction: str) -> tuple[np.ndarray, str]:
         """Translate a volume.

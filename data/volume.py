@@ -214,9 +214,9 @@ def image_like(volume: Volume, data: np.ndarray) -> nib.Nifti1Image:
     header.set_data_dtype(dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
-    # affine=None: nibabel then leaves qform and sform in the header as they are
+    # an affine that agrees with the header makes nibabel leave its qform and sform as they are
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    return kind(data, None, header)
+    return kind(data, volume.file_affine, header)
 
 
 def reorient_from_ras(data: np.ndarray, orientation: np.ndarray) -> np.ndarray:
