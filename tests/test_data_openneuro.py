@@ -22,9 +22,11 @@ import pytest
 
 pytest.importorskip("graphql", reason="the local server needs graphql-core")
 
-from data import bids, openneuro  # noqa: E402
-from data.openneuro import (Archive, ArchiveError, Damaged, Download, File, Patience,  # noqa: E402
-                            Snapshot, check_name, inspect, make_plan, parse_spec, place)
+from data import bids, download, openneuro  # noqa: E402
+from data.download import Download  # noqa: E402
+from data.openneuro import (Archive, Snapshot, check_name, make_plan, parse_spec,  # noqa: E402
+                            place)
+from data.transfer import ArchiveError, Damaged, File, Patience, inspect  # noqa: E402
 from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -793,7 +795,9 @@ CHILD = """
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from data.openneuro import Archive, Download, Patience, make_plan
+from data.openneuro import Archive, make_plan
+from data.download import Download
+from data.transfer import Patience
 def stop(*_): raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, stop)
 if {limit}: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
@@ -995,10 +999,10 @@ def test_two_processes_share_a_folder(server, tree, tmp_path):
 
 
 def test_two_writers_of_a_manifest_lose_nothing(tmp_path):
-    first, second = openneuro.Manifest(tmp_path), openneuro.Manifest(tmp_path)
+    first, second = download.Manifest(tmp_path), download.Manifest(tmp_path)
     first.update(lambda content: content["files"].update(a={"size": 1}))
     second.update(lambda content: content["files"].update(b={"size": 2}))
-    assert openneuro.Manifest(tmp_path).content["files"] == {"a": {"size": 1}, "b": {"size": 2}}
+    assert download.Manifest(tmp_path).content["files"] == {"a": {"size": 1}, "b": {"size": 2}}
 
 
 def test_shards_share_a_manifest(tree, tmp_path):

@@ -1,0 +1,471 @@
+"""Downloads: a plan's files into a folder, subject by subject, each whole or absent.
+
+Owns `manifest.json` beside the data, the order of things and the threads; a single file is fetched
+by `data/transfer.py`, what to fetch is decided in `data/openneuro.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data import bids
+from data.openneuro import Archive, Plan, SubjectFiles, place, size_text
+from data.store import write_atomically
+from data.transfer import (Damaged, File, Part, Refused, Stopped, Transfer, inspect,
+                           lock, part_paths, read_note, read_object)
+
+MANIFEST = "manifest.json"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
+
+log = logging.getLogger("preprocess.openneuro")  # the command that shows what this module says
+
+
+class Manifest:
+    """`manifest.json`: which files are whole and where from, and which subjects are done with.
+
+    `files` maps a name to url, size, md5, sha256, id, tag, time and mtime_ns; `subjects` maps a
+    label to the time and the same of the files that were used and deleted. Processes may share it.
+    """
+
+    def __init__(self, root: Path):
+        self.path = root / MANIFEST
+        self._lock = threading.Lock()
+        self._seen: tuple[int, ...] = ()  # which file `content` was read from
+        self.content: dict[str, dict[str, Any]] = {"files": {}, "subjects": {}}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Learn what other processes have written."""
+        with self._lock:
+            self._read()
+
+    def file(self, name: str) -> dict[str, Any]:
+        """The entry of a file, {} if there is none."""
+        return self.content["files"].get(name, {})
+
+    def finished(self, subject: str) -> dict[str, Any]:
+        """Name to entry of the files of a subject that was finished, {} if it was not."""
+        return _objects(self.content["subjects"].get(subject, {}).get("files"))
+
+    def update(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
+        """Apply a change to what is on disk now, and write it whole."""
+        with self._lock, _locked_folder(self.path.parent):
+            self._read()
+            content = {key: dict(members) for key, members in self.content.items()}
+            change(content)
+            for left in self.path.parent.glob(f"{MANIFEST}.*.tmp"):  # by a killed process
+                left.unlink(missing_ok=True)
+            write_atomically(self.path, _manifest_text(content).encode())
+            self.content, self._seen = content, self._identity()
+
+    def _read(self) -> None:
+        seen = self._identity()
+        if seen != self._seen:
+            found = read_object(self.path)
+            self.content = {key: _objects(found.get(key)) for key in ("files", "subjects")}
+            self._seen = seen
+
+    def _identity(self) -> tuple[int, ...]:
+        """Changes with every writing, as each makes a new file."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return ()
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _manifest_text(content: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line a file; an indent would take json's slow way, 20 times slower."""
+    parts = ['{"format": "openneuro-manifest", "version": 1']
+    for key, members in content.items():
+        lines = (f"{json.dumps(name)}: {json.dumps(members[name])}" for name in sorted(members))
+        parts.append(f'"{key}": {{\n' + ",\n".join(lines) + "}")
+    return ",\n".join(parts) + "}\n"
+
+
+def _objects(found: Any) -> dict[str, Any]:
+    """The members of a JSON object that are objects, none where it is something else."""
+    members = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in members if isinstance(value, dict)}
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, where folders can be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows
+        yield
+        return
+    try:
+        lock(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Files that are wanted together, and what became of them."""
+
+    subject: SubjectFiles | None  # None: the common files
+    files: tuple[File, ...]
+    left: int
+    whole: dict[str, dict] = field(default_factory=dict)  # name to manifest entry
+    failed: dict[str, str] = field(default_factory=dict)  # name to reason
+
+
+class Download:
+    """Fetch a plan's files, several at a time, and hand out subjects as theirs become whole.
+
+        with Download(archive, plan, folder, ahead=4) as download:
+            for subject, reason in download:
+                ... use subject.sessions(download.root), or say why not ...
+                download.finish(subject)
+
+    At most `ahead` subjects are on disk or on their way, counted until `finish`; a caller that
+    holds more than that gets one more at a time, so it can never wait for itself. Whatever ends the
+    run, a kill included, the next one goes on: files are whole or called `.part`.
+
+    Parameters
+    ----------
+    archive : Archive
+    plan : Plan
+    folder : the dataset's folder is made here
+    ahead : subjects on disk at a time
+    keep : leave the files where they are when a subject is finished; files that were there before
+        stay in any case
+    done : asked for each subject that an earlier run has finished and deleted, with the SHA-256 of
+        its scans by path; False fetches it anew. By default it is left alone.
+    connections : files at a time
+    progress : show a bar over all bytes (on a terminal), or a line a subject
+
+    Attributes
+    ----------
+    root : the dataset's folder
+    finished : subjects that an earlier run has finished, and that are not handed out again
+
+    Raises
+    ------
+    ValueError : a symbolic link where the files belong
+    ArchiveError, OSError : while iterating; nobody answers, or the disk is full
+    """
+
+    def __init__(self, archive: Archive, plan: Plan, folder: Path, *, ahead: int = 2,
+                 keep: bool = False, connections: int = 4, progress: bool = True,
+                 done: Callable[[SubjectFiles, dict[Path, str]], bool] | None = None):
+        self.plan, self.keep, self.ahead = plan, keep, max(ahead, 1)
+        self.root = folder / plan.snapshot.dataset
+        self._archive, self._tag = archive, plan.snapshot.tag
+        self._line = replace(archive.line, stop=threading.Event())
+        for file in plan.files:
+            place(self.root, file.name)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._manifest = Manifest(self.root)
+        self.finished = [s for s in plan.subjects if (hashes := self.hashes(s)) is not None
+                         and (done is None or done(s, hashes))]
+        past = {s.subject for s in self.finished}
+        self._todo = [s for s in plan.subjects if s.subject not in past]
+        self._held: set[str] = set()
+        self._jobs: queue.Queue[tuple[_Group, File] | None] = queue.Queue()
+        self._ready: queue.Queue[_Group | None] = queue.Queue()
+        self._fatal: BaseException | None = None
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._work, daemon=True)
+                         for _ in range(max(connections, 1))]
+        wanted = [*plan.common, *(file for s in self._todo for file in s.files)]
+        self._total = sum(f.size or 0 for f in wanted if not self._looks_whole(f))
+        self._got, self._settled, self._start = 0, 0, time.monotonic()
+        self._bar = tqdm(total=self._total, unit="B", unit_scale=True, desc=plan.snapshot.dataset,
+                         disable=None if progress else True)
+        self._say = progress and self._bar.disable
+        self._check_space()
+
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop; unfinished files stay as `.part`."""
+        self._line.stop.set()
+        until = time.monotonic() + 1
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            if thread.is_alive():  # one that waits for a silent server ends with the process
+                thread.join(timeout=max(until - time.monotonic(), 0))
+        self._bar.close()
+
+    def __iter__(self) -> Iterator[tuple[SubjectFiles, str]]:
+        """Each subject with "", or with the reason why its scans cannot be had."""
+        for thread in self._threads:
+            thread.start()
+        for subject in () if self.keep else self.finished:
+            self._delete(subject)  # what a kill between mark and deletion has left
+        self._submit(_Group(None, self.plan.common, len(self.plan.common)))
+        waiting, under_way, common = deque(self._todo), 0, 1
+        while waiting or under_way or common:
+            while waiting and under_way + len(self._held) < max(self.ahead, len(self._held) + 1):
+                subject = waiting.popleft()
+                self._submit(_Group(subject, subject.files, len(subject.files)))
+                under_way += 1
+            group = self._next_ready()
+            if group is None:  # the caller has finished one, so there may be room
+                continue
+            if group.subject is None:
+                common = 0
+                self._warn(group.failed)
+                continue
+            under_way -= 1
+            yield group.subject, self._settle(group.subject, group.failed)
+
+    def finish(self, subject: SubjectFiles) -> None:
+        """Be done with a subject: remember it and delete its files, unless they are kept.
+
+        May be called from any thread, in any order; does nothing for a subject that could not be
+        had or is finished already.
+        """
+        if subject.subject not in self._held:
+            return
+        if not self.keep and self._is_ours(subject):
+            def mark(content: dict[str, dict]) -> None:
+                entries = {f.name: content["files"].pop(f.name) for f in subject.files
+                           if f.name in content["files"]}
+                content["subjects"][subject.subject] = {"time": _now(), "files": entries}
+
+            self._manifest.update(mark)
+            self._delete(subject)
+        self._held.discard(subject.subject)
+        self._ready.put(None)
+
+    def hashes(self, subject: SubjectFiles) -> dict[Path, str] | None:
+        """SHA-256 by path of the scans of a subject that was finished and deleted, else None."""
+        found = self._manifest.finished(subject.subject)
+        scans = {name for scan in subject.scans for name in scan[1:]}
+        files = [file for file in subject.files if file.name in scans]
+        if not all(_is_same(found.get(file.name, {}), file, self._tag) for file in files):
+            return None
+        return {self.root / file.name: found[file.name]["sha256"] for file in files}
+
+    def source(self) -> dict[str, Any]:
+        """Name, snapshot, DOI and licence for `store.json`; complete after the iteration."""
+        found = bids.describe(self.root, self.plan.snapshot.dataset)
+        return {**found, "snapshot": self._tag,
+                "doi": re.sub(r"^(https?://(dx\.)?doi\.org/|doi:)", "", found["doi"].strip())}
+
+    # -- groups of files
+
+    def _submit(self, group: _Group) -> None:
+        if not group.files:
+            self._ready.put(group)
+        for file in group.files:
+            self._jobs.put((group, file))
+
+    def _next_ready(self) -> _Group | None:
+        while True:
+            if self._fatal:
+                raise self._fatal
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=0.5)  # a bare get() is deaf to Ctrl-C on Windows
+
+    def _settle(self, subject: SubjectFiles, failed: dict[str, str]) -> str:
+        """The reason why a subject cannot be used, "" if it can."""
+        scans = {name for scan in subject.scans for name in scan[1:]}
+        self._warn({name: why for name, why in failed.items() if name not in scans})
+        reason = "; ".join(f"{name}: {failed[name]}" for name in sorted(scans & failed.keys()))
+        if not reason:
+            self._held.add(subject.subject)
+        elif not self.keep and self._is_ours(subject):
+            def forget(content: dict[str, dict]) -> None:
+                for file in subject.files:
+                    content["files"].pop(file.name, None)
+
+            self._manifest.update(forget)
+            self._delete(subject)
+        if self._say:
+            self._say_where(subject, reason)
+        return reason
+
+    def _say_where(self, subject: SubjectFiles, reason: str) -> None:
+        """What the bar would show, as a line."""
+        self._settled += 1
+        rate = self._got / max(time.monotonic() - self._start, 1e-3)
+        how = (f"{size_text(self._got)} of {size_text(self._total)}  {size_text(rate)}/s  "
+               f"about {(self._total - self._got) / rate:.0f} s left") if rate else "from disk"
+        log.info("%s  %d/%d  sub-%s  %s  %s", self.plan.snapshot.dataset, self._settled,
+                 len(self._todo), subject.subject, "not to be had" if reason else "whole", how)
+
+    def _warn(self, failed: dict[str, str]) -> None:
+        for name, why in sorted(failed.items()):
+            log.warning("%s %s: not to be had, and not needed (%s)", self.plan.snapshot.dataset,
+                        name, why)
+
+    def _is_ours(self, subject: SubjectFiles) -> bool:
+        """Whether nobody else has put a subject's files there: those are not ours to delete."""
+        return all(self._manifest.file(file.name).get("url") != "" for file in subject.files)
+
+    def _delete(self, subject: SubjectFiles) -> None:
+        """Remove a subject's files, finished or not, and the folders that this empties."""
+        for file in subject.files:
+            path = place(self.root, file.name)
+            for name in (path, *part_paths(path)):
+                name.unlink(missing_ok=True)
+            for folder in list(path.parents)[:file.name.count("/")]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    def _check_space(self) -> None:
+        """Say it now if the disk is likely to be too small (likely: the sizes may be wrong)."""
+        need = self._total if self.keep else min(self._total, self.plan.peak_bytes(self.ahead))
+        free = shutil.disk_usage(self.root).free
+        if need > free:
+            log.warning("%s: needs about %s, has %s free", self.root, size_text(need),
+                        size_text(free))
+
+    # -- threads
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._line.stop.is_set():
+            group, file = job
+            try:
+                try:
+                    group.whole[file.name] = self._fetch(file)
+                except (Refused, ValueError) as error:
+                    group.failed[file.name] = str(error)
+                with self._lock:
+                    group.left -= 1
+                    last = group.left == 0
+                if last:
+                    self._record(group.whole)
+                    self._ready.put(group)
+            except Stopped:
+                return
+            except BaseException as error:  # a full disk, no network, or a fault of ours
+                self._fatal = self._fatal or self._explain(error)
+                self._line.stop.set()
+                self._ready.put(None)
+                return
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """Add to the error of a full disk what to do about it."""
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            left = size_text(self._total - self._got)
+            return OSError(f"{self.root}: {error.strerror}, and {left} are to come; make room, "
+                           "then run the same command again: it goes on from here")
+        return error
+
+    def _record(self, whole: dict[str, dict[str, Any]]) -> None:
+        """Enter files into the manifest, then drop their notes."""
+        fresh = {name: entry for name, entry in whole.items() if self._manifest.file(name) != entry}
+        if fresh:
+            self._manifest.update(lambda content: content["files"].update(fresh))
+        for name in whole:
+            part_paths(self.root / name)[1].unlink(missing_ok=True)
+
+    def _count(self, got: int, needed: int) -> None:
+        """Note bytes that came, and bytes that turn out to be needed or not."""
+        with self._lock:
+            self._got += got
+            self._total += needed
+            if not self._bar.disable:
+                self._bar.total = self._total
+                self._bar.update(got)
+
+    # -- one file
+
+    def _fetch(self, file: File) -> dict[str, Any]:
+        """Make a file whole; returns its manifest entry."""
+        path = place(self.root, file.name)
+        if entry := self._is_whole(file):
+            return entry
+        if entry := self._adopt(file, path):
+            self._count(0, -(file.size or 0))
+            return entry
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Part(path, self._line.stop)
+        try:
+            self._manifest.refresh()
+            if entry := self._is_whole(file) or self._adopt(file, path):  # by another process
+                part.discard()
+                self._count(0, -(file.size or 0))
+                return entry
+            path.unlink(missing_ok=True)  # so that a file beside a note is one that we renamed
+            transfer = Transfer(self._line, file, part, self._tag, self._count)
+            facts = transfer.run(self._archive.addresses(self.plan.snapshot, file))
+            os.fsync(part.handle)
+            # Its folder is not synced: a rename lost with the power leaves the .part and its note.
+            os.replace(part.path, path)
+            return self._entry(file, path, facts, part.origin)
+        finally:
+            part.close()
+
+    def _looks_whole(self, file: File) -> dict[str, Any] | None:
+        """The manifest's entry of a file that is on disk in its size, else None."""
+        entry, path = self._manifest.file(file.name), place(self.root, file.name)
+        if not path.is_file() or not _is_same(entry, file, self._tag):
+            return None
+        return entry if path.stat().st_size == entry.get("size") else None
+
+    def _is_whole(self, file: File) -> dict[str, Any] | None:
+        """The entry of a file that is as the manifest has it; read only if it was touched since."""
+        entry, path = self._looks_whole(file), self.root / file.name
+        if not entry or path.stat().st_mtime_ns == entry.get("mtime_ns"):
+            return entry
+        with contextlib.suppress(Damaged):
+            if inspect(path, file.name)["sha256"] == entry["sha256"]:
+                return {**entry, "mtime_ns": path.stat().st_mtime_ns}
+        return None
+
+    def _adopt(self, file: File, path: Path) -> dict[str, Any] | None:
+        """The entry of a file that is on disk but not in the manifest, if it can be believed.
+
+        Either it bears our note (a kill came between renaming and the manifest, or another process
+        has just renamed it), or it has the content or at least the size that the API gives.
+        """
+        note = read_note(part_paths(path)[1])
+        ours = note.get("tag") == self._tag
+        if not path.is_file() or not ours and self._manifest.file(file.name):
+            return None
+        try:
+            facts = inspect(path, file.name)
+        except Damaged:
+            return None
+        kind, expected = file.digest or ("size", facts["size"] if ours else file.size)
+        return self._entry(file, path, facts, note) if facts[kind] == expected else None
+
+    def _entry(self, file: File, path: Path, facts: dict[str, Any],
+               note: dict[str, Any]) -> dict[str, Any]:
+        return {**facts, "url": note.get("url", ""), "id": file.id, "time": _now(),
+                "tag": self._tag, "mtime_ns": path.stat().st_mtime_ns}
+
+
+def _is_same(entry: dict[str, Any], file: File, tag: str) -> bool:
+    """Whether what a manifest's entry records is this file of this snapshot."""
+    if not isinstance(entry.get("sha256"), str):
+        return False
+    if file.digest:
+        return entry.get(file.digest[0]) == file.digest[1]
+    return entry.get("tag") == tag or bool(file.id) and entry.get("id") == file.id
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,567 @@
+"""One file from one of its addresses to one whole file: retries, resume, what counts as whole.
+
+Knows HTTP and the kinds of files (NIfTI, JSON, text), not the archive. A body is written to
+`NAME.part` as it comes and judged as it comes; only a whole one gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import nibabel as nib
+
+_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
+_GZIP = 31  # zlib's wbits: a gzip header, and the CRC checked
+_TEXT = 1 << 20  # longer texts are not parsed
+_PROGRESS = 1 << 16  # bytes that make a failed try worth another one
+_SLOWEST = 1024  # bytes a second; below it a connection counts as dead
+# git-annex names a file by its content: MD5E-s5898546--9bcc318b66c4da5e479b33e9451ec5e1.nii.gz
+_ANNEX_KEY = re.compile(r"(MD5|SHA256)E?-s\d+--([0-9a-f]{64}|[0-9a-f]{32})(?![0-9a-f])")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a snapshot.
+
+    Attributes
+    ----------
+    name : path below the dataset's folder, with `/`
+    id : the archive's id, often the content's git-annex key
+    size : bytes as the API has them, None where it is silent; not to be relied upon
+    urls : where the API says it is, may be empty
+    """
+
+    name: str
+    id: str = ""
+    size: int | None = None
+    urls: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> tuple[str, str] | None:
+        """("md5" or "sha256", hex digest) of this very version, where the API gives its key."""
+        found = next(filter(None, map(_ANNEX_KEY.search, (self.id, *self.urls))), None)
+        return (found.group(1).lower(), found.group(2)) if found else None
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to bear with a server. Times are seconds.
+
+    Attributes
+    ----------
+    attempts : tries in a row that bring nothing new before an address is given up
+    first_wait_s, longest_wait_s : the wait doubles from the first to the longest (each shortened by
+        up to half, at random); a server that asks for more than the longest ends the run
+    connect_s : until somebody answers
+    silence_s : without a byte, or under 1 kB/s for so long, a connection counts as dead
+    listing_s : for an answer of the API, which may take minutes over a large dataset
+    """
+
+    attempts: int = 6
+    first_wait_s: float = 1
+    longest_wait_s: float = 300
+    connect_s: float = 15
+    silence_s: float = 30
+    listing_s: float = 180
+
+
+class ArchiveError(OSError):
+    """The archive does not answer as it should; the same command may do better later."""
+
+
+class Retry(Exception):
+    """This try failed, the next may not; `wait_s` is what the server asks for."""
+
+    def __init__(self, reason: str, wait_s: float | None = None):
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class Refused(Exception):
+    """This address will not give the file."""
+
+
+class Unreachable(Refused):
+    """Nobody answers at this address."""
+
+
+class Stopped(Exception):
+    """The run ends; leave everything as it is."""
+
+
+class Damaged(ValueError):
+    """A body that is not the file."""
+
+
+# ----------------------------------------------------------------------------------- one request
+
+
+def is_passing(status: int) -> bool:
+    """Whether an HTTP status is likely to be another one soon."""
+    return status in (408, 425, 429) or status >= 500 and status not in (501, 505)
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Seconds that a server asks to wait, from a number or a date; None if it does not."""
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=timezone.utc)
+    return max((when - datetime.now(timezone.utc)).total_seconds(), 0.0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """The connections that all requests share, and how long to bear with them."""
+
+    client: httpx.Client
+    patience: Patience
+    secure: bool  # refuse all but https
+    stop: threading.Event
+
+    def persist(self, attempt: Callable[[], T], size: Callable[[], int] = lambda: 0) -> T:
+        """Try until it works, or until several tries in a row have brought nothing.
+
+        Parameters
+        ----------
+        attempt : what to try
+        size : bytes there are; a try that failed after many more is not held against the server
+
+        Raises
+        ------
+        Refused : given up (Unreachable where nobody answered)
+        ArchiveError : the server asks to stay away for longer than patience lasts
+        Stopped : while waiting
+        """
+        tries = 0
+        while True:
+            before = size()
+            try:
+                return attempt()
+            except (Retry, httpx.TransportError) as error:
+                tries = 1 if size() - before >= _PROGRESS else tries + 1
+                if tries >= self.patience.attempts:
+                    nobody = isinstance(error, (httpx.ConnectError, httpx.TimeoutException))
+                    raise (Unreachable if nobody else Refused)(
+                        f"{_why(error)} ({tries} tries)") from error
+                if self.stop.wait(self._wait(tries, getattr(error, "wait_s", None))):
+                    raise Stopped from None
+
+    def _wait(self, tries: int, asked: float | None) -> float:
+        """Seconds before the next try."""
+        longest = self.patience.longest_wait_s
+        if asked is None:  # jitter, so that clients that failed together do not return together
+            doubled = self.patience.first_wait_s * 2 ** (tries - 1)
+            return min(doubled, longest) * random.uniform(0.5, 1)
+        if asked > longest:
+            raise ArchiveError(f"the archive asks to come back in {asked:.0f} s; run the same "
+                               "command then") from None
+        return asked
+
+    @contextlib.contextmanager
+    def get(self, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        """Open an address, following redirects, never from https to http."""
+        for _ in range(6):
+            scheme = urlsplit(url).scheme
+            if scheme not in ("https", "http") or self.secure and scheme != "https":
+                raise Refused(f"leads to {bare(url)}, which is not https")
+            with self.client.stream("GET", url, headers=headers) as response:
+                if response.next_request is None:
+                    yield response
+                    return
+                url = str(response.next_request.url)
+        raise Refused("redirected more than 5 times")
+
+
+def _why(error: Exception) -> str:
+    """A reason for people from an exception of httpx, whose text may be empty."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    return str(error) or type(error).__name__
+
+
+def bare(url: str) -> str:
+    """An address without its signature, which is nobody else's business; the version stays."""
+    parts = urlsplit(url)
+    version = re.search(r"(?:^|&)(versionId=[^&]*)", parts.query)
+    return f"{parts.scheme}://{parts.netloc}{parts.path}" + (f"?{version[1]}" if version else "")
+
+
+# ---------------------------------------------------------------------------------- what is whole
+
+
+class Checker:
+    """Judge a file by its bytes as they come: is it what its name says?
+
+    Decompressing and hashing while the network is waited for costs no time of its own. A NIfTI file
+    is whole if all of it decompresses, its gzip CRC fits, its header loads and as many voxels
+    follow as that says; JSON must be JSON; nothing may be a web page or the API's `{"error": ...}`.
+
+    Raises
+    ------
+    Damaged : from `feed` as soon as it shows, else from `finish`
+    """
+
+    def __init__(self, name: str):
+        self.name, self.size = name, 0
+        self._md5, self._sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+        self._unpacker = zlib.decompressobj(_GZIP) if name.endswith(".gz") else None
+        self._is_nifti = name.endswith((".nii", ".nii.gz"))
+        self._start, self._head, self._length = b"", b"", 0  # of the file; of what is packed in it
+
+    def feed(self, block: bytes) -> None:
+        """Take the next bytes, of any number."""
+        self.size += len(block)
+        self._md5.update(block)
+        self._sha256.update(block)
+        self._start += block[:max((64 if self._is_nifti else _TEXT) - len(self._start), 0)]
+        try:
+            for plain in self._unpack(block):
+                self._length += len(plain)
+                self._head += plain[:540 - len(self._head)]
+        except zlib.error as error:
+            self._refuse_page()
+            raise Damaged(f"damaged ({error})") from None
+
+    def finish(self) -> dict[str, Any]:
+        """Judge the whole; returns {"size": bytes, "md5": hex, "sha256": hex}."""
+        self._refuse_page()
+        if self._is_nifti:
+            self._check_nifti()
+        elif self.size <= _TEXT:
+            self._check_text()
+        return {"size": self.size, "md5": self._md5.hexdigest(),
+                "sha256": self._sha256.hexdigest()}
+
+    def _unpack(self, block: bytes) -> Iterator[bytes]:
+        """What a block decompresses to, in pieces that fit into memory."""
+        while block and self._unpacker:
+            if self._unpacker.eof:  # another member may follow, or padding
+                block = block.lstrip(b"\0")
+                self._unpacker = zlib.decompressobj(_GZIP) if block else self._unpacker
+                continue
+            yield self._unpacker.decompress(block, 1 << 20)
+            block = self._unpacker.unconsumed_tail or self._unpacker.unused_data
+        if block:
+            yield block
+
+    def _refuse_page(self) -> None:
+        if _PAGE.match(self._start):
+            raise Damaged("a web page in place of the file")
+
+    def _check_text(self) -> None:
+        try:
+            found = json.loads(self._start.decode("utf-8-sig"))
+        except ValueError:
+            if self.name.endswith(".json"):
+                raise Damaged("not JSON") from None
+            return
+        if isinstance(found, dict) and "error" in found and len(found) <= 2:
+            raise Damaged(f"an error message in place of the file ({str(found['error'])[:80]})")
+
+    def _check_nifti(self) -> None:
+        if self._unpacker:
+            self._length += len(self._unpacker.flush())
+            if not self._unpacker.eof:
+                raise Damaged("cut off, its compressed data have no end")
+        sizes = {int.from_bytes(self._head[:4], order) for order in ("little", "big")}
+        if not sizes & {348, 540}:  # nibabel would let that pass with a warning
+            raise Damaged(f"no NIfTI file, it starts with {self._head[:12]!r}")
+        kind = nib.Nifti1Header if 348 in sizes else nib.Nifti2Header
+        try:
+            header = kind.from_fileobj(io.BytesIO(self._head))
+            voxels = math.prod(map(int, header.get_data_shape()))
+            needed = int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
+        except Exception as error:  # nibabel raises a dozen kinds for broken headers
+            raise Damaged(f"no NIfTI header ({error})") from None
+        if self._length < needed:
+            raise Damaged(f"cut off, has {self._length} of {needed} bytes")
+
+
+def inspect(path: Path, name: str) -> dict[str, Any]:
+    """Judge a file on disk that is, or will be, called `name`; see `Checker`."""
+    checker = Checker(name)
+    with open(path, "rb") as content:
+        while block := content.read(1 << 18):
+            checker.feed(block)
+    return checker.finish()
+
+
+# ---------------------------------------------------------------------------- a file on its way
+
+
+class Part:
+    """`NAME.part`, locked, and `NAME.part.json` that says what its bytes are of.
+
+    The note is written before the first byte and outlives the renaming until the manifest has the
+    file, so that after a kill at any moment the next run knows what it finds.
+
+    Attributes
+    ----------
+    size : bytes there are
+    origin : the note: url, tag, etag ("" if there is none to rely upon), length (None if unknown)
+    checker : has seen all bytes that this run wrote
+    """
+
+    def __init__(self, path: Path, stop: threading.Event):
+        self.name, (self.path, self.note) = path.name, part_paths(path)
+        self.handle = _open_locked(self.path, stop)
+        self.origin, self.checker = read_note(self.note), Checker(self.name)
+        self.size = os.fstat(self.handle).st_size
+
+    def restart(self, origin: dict[str, Any]) -> None:
+        """Forget the bytes, then say what those to come are of; in this order."""
+        os.ftruncate(self.handle, 0)
+        self.size, self.origin, self.checker = 0, origin, Checker(self.name)
+        if origin:  # a note that a kill tears apart costs nothing, there are no bytes yet
+            self.note.write_text(json.dumps(origin))
+
+    def append(self, chunk: bytes) -> None:
+        """Write at the end, past any buffer: what is written survives a kill."""
+        os.lseek(self.handle, self.size, os.SEEK_SET)
+        view = memoryview(chunk)
+        while view:
+            n = os.write(self.handle, view)
+            self.size, view = self.size + n, view[n:]
+        self.checker.feed(chunk)
+
+    def recall(self) -> None:
+        """Let the checker see what an earlier run has left."""
+        with open(self.path, "rb") as content:
+            while self.checker.size < self.size:
+                self.checker.feed(content.read(min(1 << 18, self.size - self.checker.size)))
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self.restart({})
+        self.path.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the file and of its lock."""
+        os.close(self.handle)
+
+
+def part_paths(path: Path) -> tuple[Path, Path]:
+    """`NAME.part` and `NAME.part.json` of a file."""
+    return path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} where that is missing or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """A part's note, {} where that is missing or not one of ours."""
+    note = read_object(path)
+    sound = (all(isinstance(note.get(key), str) for key in ("url", "tag", "etag"))
+             and isinstance(note.get("length"), (int, type(None))))
+    return note if sound else {}
+
+
+def _open_locked(path: Path, stop: threading.Event) -> int:
+    """Open a file for this process alone: shards of one job may meet at it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            while not lock(handle):
+                if stop.wait(0.2):
+                    raise Stopped
+            with contextlib.suppress(FileNotFoundError):  # it may have been finished meanwhile
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def lock(handle: int, wait: bool = False) -> bool:
+    """Lock an open file; True as well where there are no locks to be had."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the user has to see to it
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+class Transfer:
+    """Complete and verify a part, from whichever address gives it.
+
+    Parameters
+    ----------
+    line : Line
+    file : what it shall be
+    part : where its bytes go
+    tag : the snapshot; bytes of another one are not gone on with
+    count : called with (bytes that came, bytes that turn out to be needed or not), for a bar that
+        starts at the size that the API gives
+    """
+
+    def __init__(self, line: Line, file: File, part: Part, tag: str,
+                 count: Callable[[int, int], None]):
+        self._line, self._file, self._part, self._tag, self._count = line, file, part, tag, count
+        self._expected = file.size or 0
+        self._expect(part.origin.get("length") or self._expected)
+        count(0, -part.size)
+
+    def run(self, addresses: list[tuple[str, bool]]) -> dict[str, Any]:
+        """Try each address in turn; returns the facts of `Checker.finish`.
+
+        Parameters
+        ----------
+        addresses : url, and whether it is surely this version of the file
+
+        Raises
+        ------
+        Refused : none of them has it; nothing is left of it
+        ArchiveError : nobody answers at any of them; the part is left to go on from
+        """
+        reasons: list[Refused] = []
+        for url, is_exact in addresses:
+            try:
+                return self._line.persist(lambda: self._try(url, is_exact), lambda: self._part.size)
+            except Refused as error:
+                reasons.append(type(error)(f"{bare(url)}: {error}"))
+        text = "; ".join(map(str, reasons))
+        if all(isinstance(reason, Unreachable) for reason in reasons):
+            raise ArchiveError(f"{text}; check the network, then run the same command again: it "
+                               "goes on from here")
+        self._forget()
+        self._expect(0)
+        self._part.discard()
+        raise Refused(text)
+
+    def _try(self, url: str, is_exact: bool) -> dict[str, Any]:
+        part, file = self._part, self._file
+        if part.origin.get("tag") != self._tag or not part.origin["etag"]:
+            self._forget()
+        try:
+            part.recall()
+            if not part.size or part.size != part.origin["length"]:
+                self._receive(url)
+            facts = part.checker.finish()
+            self._verify(facts)
+        except Damaged as error:
+            self._forget()
+            raise Retry(str(error)) from None
+        if not is_exact and not file.digest and file.size and file.size != facts["size"]:
+            self._forget()
+            raise Refused(f"has {facts['size']} bytes there, {file.size} in this snapshot")
+        return facts
+
+    def _verify(self, facts: dict[str, Any]) -> None:
+        """Compare with what the API and the server say of the content."""
+        etag = self._part.origin["etag"].strip('"').lower()
+        # The ETag of what S3 got in several pieces is no MD5; it ends in their number.
+        plain = etag if re.fullmatch("[0-9a-f]{32}", etag) else ""
+        kind, expected = self._file.digest or ("md5", plain)
+        if expected and facts[kind] != expected:
+            raise Damaged(f"{kind} is {facts[kind]}, should be {expected}")
+        if not facts["size"] and self._file.size:  # OpenNeuroOrg/openneuro#3765
+            raise Damaged(f"empty, should have {self._file.size} bytes")
+
+    def _receive(self, url: str) -> None:
+        """Fetch the bytes that are missing, as far as they come."""
+        part, headers = self._part, {}
+        if part.size:
+            headers = {"Range": f"bytes={part.size}-", "If-Range": part.origin["etag"]}
+        with self._line.get(url, headers) as response:
+            if response.status_code == 416:
+                if response.headers.get("Content-Range") == f"bytes */{part.size}":
+                    return  # we have all there is, whatever Content-Length said before
+                self._forget()
+                raise Retry("cannot go on where we were", 0.0)
+            if is_passing(response.status_code):
+                raise Retry(f"HTTP {response.status_code}", retry_after(response))
+            if response.status_code not in (200, 206):
+                raise Refused(f"HTTP {response.status_code}")
+            if response.headers.get("Content-Type", "").startswith("text/html"):
+                raise Retry("a web page in place of the file")
+            coding = response.headers.get("Content-Encoding", "identity")
+            if coding not in ("identity", "") and not self._file.name.endswith(".gz"):
+                raise Refused(f"comes compressed ({coding}), although that was not asked for")
+            if not part.size or not _continues(response, part):
+                self._begin(response)
+            self._copy(response)
+        if part.origin["length"] not in (None, part.size):
+            raise Retry(f"{part.size} of {part.origin['length']} bytes came")
+
+    def _begin(self, response: httpx.Response) -> None:
+        """Start from the first byte, whatever was there."""
+        self._forget()
+        if response.status_code != 200:
+            raise Retry("sent another part than asked for", 0.0)
+        length = response.headers.get("Content-Length", "")
+        etag = response.headers.get("ETag", "")
+        self._expect(int(length) if length.isdigit() else self._expected)
+        self._part.restart({"url": bare(str(response.url)), "tag": self._tag,
+                            "length": int(length) if length.isdigit() else None,
+                            "etag": etag if etag.startswith('"') else ""})  # not a weak one
+
+    def _copy(self, response: httpx.Response) -> None:
+        """Write the body to the file; give up on a connection that drips."""
+        since, before = time.monotonic(), self._part.size
+        for chunk in response.iter_raw():
+            if self._line.stop.is_set():
+                raise Stopped
+            self._part.append(chunk)
+            self._count(len(chunk), 0)
+            seconds = time.monotonic() - since
+            if seconds > self._line.patience.silence_s:
+                if self._part.size - before < _SLOWEST * seconds:
+                    raise Retry(f"under {_SLOWEST} bytes a second")
+                since, before = time.monotonic(), self._part.size
+
+    def _expect(self, size: int) -> None:
+        self._count(0, size - self._expected)
+        self._expected = size
+
+    def _forget(self) -> None:
+        self._count(0, self._part.size)
+        self._part.restart({})
+
+
+def _continues(response: httpx.Response, part: Part) -> bool:
+    """Whether a partial answer joins the bytes that are there, of the same version."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    length = part.origin["length"]
+    return (response.status_code == 206 and match is not None
+            and int(match.group(1)) == part.size
+            and (match.group(2) == "*" or length is None or int(match.group(2)) == length)
+            and response.headers.get("ETag", part.origin["etag"]) == part.origin["etag"])
