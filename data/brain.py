@@ -6,10 +6,6 @@ T2w, registered, shares it.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +27,9 @@ def make_extractor(method: str, *, device: str = "cpu") -> Extractor:
 
     Parameters
     ----------
-    method : "hd-bet", "deepbet" or "none" ("mask" is read by `given_mask`, it is a file's business)
+    method : "hd-bet", "hd-bet+tta" (with test-time augmentation: the mean over eight mirrored
+        volumes, eight times as long), "deepbet" or "none" ("mask" is read by `given_mask`, it is a
+        file's business)
     device : "cpu" or "cuda[:K]", for the two that run a network
 
     Returns
@@ -46,8 +44,10 @@ def make_extractor(method: str, *, device: str = "cpu") -> Extractor:
         return nonzero_mask
     if method == "deepbet":
         return _deepbet(device)
-    if method == "hd-bet":
-        return _hd_bet(device)
+    if method in ("hd-bet", "hd-bet+tta"):
+        from data import hdbet
+
+        return hdbet.make_extractor(device, tta=method == "hd-bet+tta")
     raise ValueError(f"brain extraction '{method}' is unknown; choose one of {', '.join(METHODS)}")
 
 
@@ -152,53 +152,3 @@ def _deepbet(device: str) -> Extractor:
         return np.asarray(mask.dataobj) > 0
 
     return extract
-
-
-def _hd_bet(device: str) -> Extractor:
-    """HD-BET 2 (Isensee et al. 2019) without test-time augmentation, loaded once."""
-    import torch
-
-    with _stdout_kept():
-        try:
-            from HD_BET.checkpoint_download import maybe_download_parameters
-            from HD_BET.hd_bet_prediction import get_hdbet_predictor
-            from HD_BET.paths import folder_with_parameter_files as weights
-        except ImportError as error:
-            raise ValueError(f"brain extraction hd-bet: {error}; pip install HD-BET") from None
-        try:
-            maybe_download_parameters()
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            reason = type(error).__name__
-            raise ValueError(
-                f"brain extraction hd-bet: its weights are not in {weights} and cannot be fetched "
-                f"({reason}); unzip HD-BET's release there, or use --brain-extraction deepbet"
-            ) from None
-        try:
-            predictor = get_hdbet_predictor(use_tta=False, device=torch.device(device))
-        except Exception as error:  # a half-written folder fails in as many ways as it has files
-            raise ValueError(
-                f"brain extraction hd-bet: the weights in {weights} do not load ({error}); delete "
-                "that folder and run again, or use --brain-extraction deepbet"
-            ) from None
-
-    def extract(volume: Volume) -> np.ndarray:
-        # nnU-Net's reader gives (1, K, J, I) and the spacing in that order
-        image = np.ascontiguousarray(volume.data.transpose(2, 1, 0))[None]
-        properties = {"spacing": [float(s) for s in volume.spacing_mm[::-1]]}
-        with _stdout_kept():
-            labels = predictor.predict_single_npy_array(image, properties, None, None, False)
-        return np.asarray(labels).transpose(2, 1, 0) > 0
-
-    return extract
-
-
-@contextlib.contextmanager
-def _stdout_kept():
-    """Leave sys.stdout as it was: importing HD-BET replaces it, and its helpers print."""
-    before = sys.stdout
-    with open(os.devnull, "w") as sink, contextlib.redirect_stderr(io.StringIO()):
-        sys.stdout = sink
-        try:
-            yield
-        finally:
-            sys.stdout = before

@@ -62,9 +62,19 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def recipe(subject: Subject, method: str, settings: Settings) -> tuple[str, str, str]:
-    """Hashes of both files and of all that decides the slices: equal recipe, equal rows."""
-    t1w, t2w = sha256(subject.t1w), sha256(subject.t2w)
+def recipe(subject: Subject, method: str, settings: Settings, *,
+           hashes: dict[Path, str] | None = None) -> tuple[str, str, str]:
+    """Hashes of both files and of all that decides the slices: equal recipe, equal rows.
+
+    Parameters
+    ----------
+    subject : where the files are
+    method : brain extraction, one of `brain.METHODS`, or "hd-bet+tta"
+    settings : see there
+    hashes : SHA-256 by path of files that are not there any more, or not to be read again
+    """
+    known = hashes or {}
+    t1w, t2w = (known.get(path) or sha256(path) for path in (subject.t1w, subject.t2w))
     mask = sha256(brain_mask_path(subject)) if method == "mask" else ""
     text = json.dumps([PIPELINE, t1w, t2w, mask, method, asdict(settings)])
     return t1w, t2w, hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -77,7 +87,7 @@ def prepare(subject: Subject, method: str, settings: Settings,
     Parameters
     ----------
     subject : where the files are
-    method : brain extraction, one of `brain.METHODS`
+    method : brain extraction, one of `brain.METHODS`, or "hd-bet+tta"
     settings : see there
     extractor : from `brain.make_extractor`; None for "mask"
 
