@@ -13,12 +13,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import nibabel as nib
@@ -31,6 +28,7 @@ from data.anatomy import (Anatomy, TissueMaps, draw_anatomy, load_tissue_maps, r
                           sample, smooth_noise, tissue_fractions, transform, warp, warped_brain)
 from data.sequences import (TISSUES, Sequence, draw_fast_spin_echo, draw_mprage, mix_signals,
                             rician_magnitude)
+from data.workers import Workers
 
 SIMULATOR = "data/simulate.py"
 VERSION = "1"  # raise it whenever the same seed would give other voxels
@@ -318,32 +316,12 @@ def simulate_dataset(
         total=n_subjects, initial=n_subjects - len(missing), desc="simulating", unit="subject",
         disable=not progress,
     )
-    with bar:
-        if workers == 1 or len(missing) < 2:
-            for number in missing:
-                make(number)
-                bar.update()
-        else:
-            # Spawned, not forked: a fork would copy the threads' locks of whatever is loaded.
-            with ProcessPoolExecutor(
-                min(workers, len(missing)), get_context("spawn"), initializer=exit_with_parent
-            ) as pool:
-                for _ in pool.map(make, missing):
-                    bar.update()
+    with bar, Workers(min(workers, len(missing))) as pool:
+        for number in missing:
+            pool.submit(make, number, lambda _: bar.update())
+        pool.wait()
     write_participants(folder)
     return folder
-
-
-def exit_with_parent() -> None:
-    """Let this worker end when its parent is killed; the pool's queue alone would wait forever."""
-
-    def watch() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def subject_label(number: int) -> str:

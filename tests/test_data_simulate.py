@@ -226,25 +226,6 @@ def test_killed_midway_one_process_goes_on_to_the_bytes_two_workers_made(tree, t
     assert content(folder) == expected
 
 
-def test_workers_end_when_their_parent_is_killed():
-    process = python(
-        "import os, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from multiprocessing import get_context\n"
-        "from data import simulate\n"
-        "pool = ProcessPoolExecutor(1, get_context('spawn'), simulate.exit_with_parent)\n"
-        "print(pool.submit(os.getpid).result(), flush=True)\n"
-        "time.sleep(60)"
-    )
-    worker = int(process.stdout.readline())
-    process.kill()
-    try:
-        process.communicate(timeout=20)  # the worker holds the pipe too: it ends when both have
-    except subprocess.TimeoutExpired:
-        os.kill(worker, signal.SIGKILL)
-        raise
-
-
 def test_only_the_subject_with_a_missing_file_is_made_again(tree):
     before = content(tree)
     lost = tree / LABELS[1] / "anat" / f"{LABELS[1]}_T1w.nii.gz"
