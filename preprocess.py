@@ -1,9 +1,11 @@
-"""Build the slice store from BIDS trees or simulated subjects.
+"""Build the slice store from OpenNeuro, BIDS trees or simulated subjects.
 
-    python preprocess.py --bids DIR [DIR ...]        local BIDS trees
-    python preprocess.py --simulate 12               simulated subjects, no network
-    python preprocess.py --check                     verify a store, print its counts
-    python preprocess.py --report                    draw it: report.html in its folder
+    python preprocess.py --datasets ds002330 ds003717:1.0.1   OpenNeuro, pinned or chosen snapshots
+    python preprocess.py --bids DIR [DIR ...]                 local BIDS trees
+    python preprocess.py --simulate 12                        simulated subjects, no network
+    python preprocess.py --check                              verify a store, print its counts
+    python preprocess.py --report                             draw it: report.html in its folder
+    python preprocess.py --merge [DIR ...]                    pack what `--shard k/n` runs have made
 
 Built a subject at a time and each step whole or not at all: killed at any moment, the same command
 goes on and ends with the same bytes. Subjects that cannot be used are listed with their reasons in
@@ -15,17 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import logging
-import multiprocessing
 import os
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,26 +33,85 @@ import numpy as np
 from tqdm import tqdm
 
 import console
-from data import bids, brain, store
+from data import bids, brain, shards, store
 from data.bids import Subject
+from data.openneuro import API_VARIABLE, Archive
+from data.shards import Record, Shard
+from data.sources import Arrival, Person, Snapshots, Trees
 from data.subject import Settings, prepare, recipe
-from report.preprocessing import Shown, preprocessing_page
+from data.workers import Workers
+from report.preprocessing import look_at, preprocessing_page
 
 log = logging.getLogger("preprocess")
-NETWORKS = ("hd-bet", "deepbet")
-SHOWN = 4  # slices of a subject in the report
+NETWORKS = ("hd-bet", "hd-bet+tta", "deepbet")
+Source = Trees | Snapshots
+AHEAD = 3  # subjects on disk or on their way beyond those that the workers have
 TOOLS = ("numpy", "nibabel", "scipy", "SimpleITK", "torch", "HD-BET", "deepbet", "nilearn")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker process needs to make one part."""
+    """What a worker process needs to make the parts of one subject."""
 
-    subject: Subject
+    sessions: tuple[Subject, ...]
     method: str
     settings: Settings
     device: str
     out: Path
+
+
+class Ledger:
+    """What the store has, what this run wants of it, and what cannot be had.
+
+    Attributes
+    ----------
+    recipes : id to recipe of all sessions that this run has met
+    skipped : id to reason
+    """
+
+    def __init__(self, out: Path, method: str, settings: Settings, skipped: dict[str, str]):
+        self._method, self._settings = method, settings
+        self.recipes: dict[str, str] = {}
+        self.skipped = dict(skipped)
+        self._stored = {r["id"]: r["recipe"] for r in store.read_table(out / "subjects.tsv")}
+        self._parts = {name: row["recipe"] for name, row in store.part_rows(out).items()}
+
+    def lacks(self, session: Subject, hashes: dict[Path, str]) -> bool:
+        """Enter a session; whether its rows are still to be made."""
+        try:
+            key = recipe(session, self._method, self._settings, hashes=hashes)[2]
+        except OSError as error:
+            self.skip(session.id, str(error))
+            return False
+        self.recipes[session.id] = key
+        if key in (self._stored.get(session.id), self._parts.get(session.id)):
+            return False
+        if session.id in self._stored:
+            log.info("%s: its files or its brain extraction changed, its rows are made anew",
+                     session.id)
+        return True
+
+    def knows(self, sessions: list[Subject], hashes: dict[Path, str],
+              note: dict[str, Any]) -> bool:
+        """Whether sessions whose files are gone are stored, or failed before by the same recipe."""
+        for session in sessions:
+            key = recipe(session, self._method, self._settings, hashes=hashes)[2]
+            failed = note.get(session.id)
+            if isinstance(failed, dict) and failed.get("recipe") == key:
+                self.skip(session.id, str(failed.get("reason")))
+            elif key not in (self._stored.get(session.id), self._parts.get(session.id)):
+                return False
+            self.recipes[session.id] = key
+        return True
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leave a session out."""
+        self.skipped[name] = reason
+
+    @property
+    def made(self) -> dict[str, str]:
+        """Id to recipe of the sessions that are not left out."""
+        return {name: key for name, key in self.recipes.items() if name not in self.skipped}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -62,15 +119,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     defaults = Settings()
     p = console.OneLineParser(description=__doc__, formatter_class=console.Formatter)
     source = p.add_argument_group("source (one of)").add_mutually_exclusive_group(required=True)
+    source.add_argument("--datasets", nargs="+", metavar="DS",
+                        help="OpenNeuro datasets: ds002330, or ds002330:1.1.0 for a snapshot")
     source.add_argument("--bids", nargs="+", type=Path, metavar="DIR", help="local BIDS trees")
     source.add_argument("--simulate", type=int, metavar="N", help="make N simulated subjects")
     source.add_argument("--check", action="store_true", help="only verify the store in --out")
     source.add_argument("--report", action="store_true",
                         help="only draw the store in --out: writes its report.html")
+    source.add_argument("--merge", nargs="*", type=Path, metavar="DIR",
+                        help="pack the parts that all shards have left in these folders "
+                             "(in --out if none is named) into the store in --out")
     where = p.add_argument_group("folders")
     where.add_argument("--out", type=Path, default=Path("slices"), help="the slice store")
     where.add_argument("--downloads", type=Path, default=Path("downloads"),
-                       help="where simulated subjects are written as a BIDS tree")
+                       help="downloaded and simulated subjects, as BIDS trees")
+    where.add_argument("--keep-downloads", action="store_true",
+                       help="leave downloaded files there (deleted when a subject is sliced)")
+    where.add_argument("--api-url", metavar="URL", default=argparse.SUPPRESS,
+                       help="GraphQL endpoint of a mirror (default: OpenNeuro's own, or the "
+                            f"environment's {API_VARIABLE})")
     how = p.add_argument_group("pipeline")
     how.add_argument("--size", type=int, default=defaults.size,
                      help="pixels a side of a slice, a multiple of 4")
@@ -82,6 +149,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                      help="hd-bet and deepbet run a network on T1w, mask reads "
                           "*_desc-brain_mask.nii.gz, none takes extracted volumes "
                           "(default: hd-bet; mask for --simulate)")
+    how.add_argument("--tta", action="store_true",
+                     help="test-time augmentation in hd-bet: a little better, eight times as long")
     how.add_argument("--brain-ml", type=float, nargs=2, default=defaults.brain_ml,
                      metavar=("MIN", "MAX"),
                      help="brain volumes believed, in millilitres (adults)")
@@ -94,6 +163,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     chosen.add_argument("--test", nargs="+", default=[], metavar="SUB",
                         help="these subjects are the test split, outright")
     chosen.add_argument("--limit", type=int, metavar="N", help="take only the first N subjects")
+    chosen.add_argument("--shard", metavar="K/N",
+                        help="work on every N-th subject from the K-th and pack nothing: for N "
+                             "machines side by side; --merge packs")
+    chosen.add_argument("--list", action="store_true",
+                        help="only print subjects, files and sizes")
     run = p.add_argument_group("run")
     run.add_argument("--workers", type=int, default=_cores(),
                      help="subjects side by side, each in a process of its own (0: in this one)")
@@ -130,6 +204,16 @@ def _check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value}: must be at least {least}")
     if args.seed > 2 ** 31:
         raise ValueError(f"--seed {args.seed}: must be at most {2 ** 31}")
+    if args.shard:
+        args.shard = Shard.parse(args.shard)
+    for name in ("shard", "list"):
+        if getattr(args, name) and not (args.datasets or args.bids):
+            raise ValueError(f"--{name}: goes with --datasets or --bids")
+    if args.tta and args.brain_extraction not in (None, "hd-bet"):
+        raise ValueError(f"--tta: is HD-BET's, --brain-extraction is {args.brain_extraction}")
+    if args.datasets and args.brain_extraction == "mask":
+        raise ValueError("--brain-extraction mask: OpenNeuro's raw datasets hold no masks; choose "
+                         "hd-bet or deepbet")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file; name a folder")
 
@@ -141,41 +225,96 @@ def main(argv: list[str] | None = None) -> int:
         return check(args.out)
     if args.report:
         return draw(args.out)
-    subjects, skipped, sources = collect(args)
-    method = args.brain_extraction or ("mask" if args.simulate else "hd-bet")
+    if args.merge is not None:
+        return merge(args.out, args.merge or [args.out])
+    with open_source(args) as source:
+        everybody = source.people
+        select(source, args)
+        if args.list:
+            log.info("%s", "\n".join(source.listing()))
+            return console.DONE
+        return build(args, source, everybody)
+
+
+def build(args: argparse.Namespace, source: Source, everybody: list[Person]) -> int:
+    """Make what is missing and pack it, or leave a shard's parts for `--merge`."""
     settings = Settings(args.size, args.spacing, args.min_brain_area, tuple(args.brain_ml),
                         args.seed)
-    shared = {**settings.record(), "split": [float(s) for s in args.split]}
-    fresh = not args.out.exists()
-    args.out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(args.out):
-        try:
+    header = {**settings.record(), "split": [float(s) for s in args.split]}
+    choice = {"split": list(args.split), "val": args.val, "test": args.test}
+    with _writer(args.out, shared=bool(args.shard)):
+        if args.shard:
+            _begin_shard(args.out, args.shard)
+        else:
             store.recover(args.out)
-            before = store.check_settings(args.out, shared)
-            check_names(args, subjects)
-            recipes, failed = hash_files(subjects, method, settings)
-            skipped.update(failed)
-            skipped.update(work(find_work(args.out, subjects, recipes), args, method, settings))
-            kept = finish(args, recipes, skipped, {**shared, "sources": sources}, before)
-        finally:
-            if fresh and not any(args.out.iterdir()):
-                args.out.rmdir()
-    return console.LEFT_OUT if set(skipped) - kept else console.DONE
+        before = store.check_settings(args.out, header)
+        check_names(args, everybody)
+        ledger = Ledger(args.out, _method(args), settings, source.missing)
+        work(source, ledger, args, settings)
+        header |= {"sources": source.describe(), "versions": _versions()}
+        record = Record(header, choice, ledger.made, ledger.skipped)
+        if args.shard:
+            return _end_shard(args.out, args.shard, record)
+        kept = finish(args.out, record, before)
+    return console.LEFT_OUT if set(ledger.skipped) - kept else console.DONE
+
+
+def merge(out: Path, folders: list[Path]) -> int:
+    """`--merge`: pack what the shards have made, as one run would have."""
+    out.mkdir(parents=True, exist_ok=True)
+    with _writer(out):
+        store.recover(out)
+        record = shards.read_records(list(dict.fromkeys(folders)))
+        if record is None:
+            raise ValueError(f"{', '.join(map(str, folders))}: no shard has finished there; run "
+                             "preprocess.py --shard 1/4 and so on first")
+        for tool, found in sorted(shards.differing_versions(folders).items()):
+            log.warning("note: shards had %s %s", tool, " and ".join(sorted(found)))
+        before = store.check_settings(out, record.header)
+        shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], record.recipes)
+        kept = finish(out, record, before)
+        shards.forget(out)
+    return console.LEFT_OUT if set(record.skipped) - kept else console.DONE
+
+
+def _method(args: argparse.Namespace) -> str:
+    method = args.brain_extraction or ("mask" if args.simulate else "hd-bet")
+    return f"{method}+tta" if args.tta and method == "hd-bet" else method
+
+
+def _begin_shard(out: Path, shard: Shard) -> None:
+    if (out / store.COMMIT).exists():
+        raise ValueError(f"{out}: a write was interrupted; run preprocess.py --merge again first")
+    shards.drop_record(out, shard)
+
+
+def _end_shard(out: Path, shard: Shard, record: Record) -> int:
+    shards.write_record(out, shard, record)
+    log.info("shard %s: %d sessions in %s, %d skipped; when all %d are through: "
+             "python preprocess.py --merge [FOLDER ...] --out SLICES", shard, len(record.recipes),
+             out / store.PARTS, len(record.skipped), shard.n)
+    for name in sorted(record.skipped):
+        log.info("  %s: %s", name, record.skipped[name])
+    return console.LEFT_OUT if record.skipped else console.DONE
 
 
 # ----------------------------------------------------------------------------- finding the work
 
 
-def collect(args: argparse.Namespace) -> tuple[list[Subject], dict[str, str], list[dict]]:
-    """Subjects with both scans, reasons for those without, and the trees they come from."""
-    if args.simulate:
+@contextlib.contextmanager
+def open_source(args: argparse.Namespace) -> Iterator[Source]:
+    """Where this run's subjects come from."""
+    if args.datasets:
+        with Archive(getattr(args, "api_url", None)) as archive:
+            yield Snapshots(archive, args.datasets, args.downloads, keep=args.keep_downloads,
+                            ahead=max(args.workers, 1) + AHEAD)
+    elif args.simulate:
         from data import simulate
 
         root = simulate.simulate_dataset(args.downloads / f"simulated-seed{args.seed}",
-                                         args.simulate, seed=args.seed, workers=args.workers)
-        subjects, missing = bids.find_subjects(root, "simulated")
-        roots = [(root, "simulated")]
-        subjects = subjects[:args.simulate]
+                                         args.simulate, seed=args.seed,
+                                         workers=max(args.workers, 1))
+        yield Trees([(root, "simulated")])
     else:
         roots = [(root, bids.dataset_name(root)) for root in dict.fromkeys(args.bids)]
         names = [name for _, name in roots]
@@ -183,83 +322,98 @@ def collect(args: argparse.Namespace) -> tuple[list[Subject], dict[str, str], li
         if twice:
             raise ValueError(f"--bids: two trees are called '{twice.pop()}', and the folder's name "
                              "is the dataset's; rename one")
-        subjects, missing = [], {}
-        for root, name in roots:
-            found, lacking = bids.find_subjects(root, name)
-            subjects += found
-            missing.update(lacking)
-    if args.limit:
-        people = list(dict.fromkeys((s.dataset, s.subject) for s in subjects))[:args.limit]
-        subjects = [s for s in subjects if (s.dataset, s.subject) in set(people)]
-        taken = {bids.subject_id(*person, "") for person in people}
-        missing = {i: reason for i, reason in missing.items() if i.partition("_ses-")[0] in taken}
-    return subjects, missing, [bids.describe(root, name) for root, name in roots]
+        yield Trees(roots)
 
 
-def check_names(args: argparse.Namespace, subjects: list[Subject]) -> None:
+def select(source: Source, args: argparse.Namespace) -> None:
+    """Reduce a source to the subjects that this run is about."""
+    if limit := min(filter(None, (args.limit, args.simulate)), default=None):
+        source.take(source.people[:limit], unpaired=False)
+    if args.shard:
+        source.take(args.shard.share(source.people), unpaired=True)
+
+
+def check_names(args: argparse.Namespace, people: list[Person]) -> None:
     """Refuse a name in `--val` or `--test` that fits nobody, before hours of work."""
     stored = store.read_table(args.out / "subjects.tsv")
-    people = [(s.dataset, s.subject) for s in subjects]
     store.assign_splits([*people, *((row["dataset"], row["subject"]) for row in stored)],
                         args.split, val=args.val, test=args.test)
-
-
-def hash_files(subjects: list[Subject], method: str,
-               settings: Settings) -> tuple[dict[str, str], dict[str, str]]:
-    """Each subject's recipe, and reasons for those whose files cannot be read."""
-    def key(subject: Subject) -> str | OSError:
-        try:
-            return recipe(subject, method, settings)[2]
-        except OSError as error:
-            for scan in (subject.t1w, subject.t2w):
-                if scan.is_symlink() and not scan.exists():
-                    return FileNotFoundError(f"{scan}: a link to nothing; with DataLad run "
-                                             "'datalad get' on it")
-            return error
-
-    with ThreadPoolExecutor(4) as pool:
-        keys = {s.id: k for s, k in zip(subjects, pool.map(key, subjects))}
-    return ({i: k for i, k in keys.items() if isinstance(k, str)},
-            {i: str(k) for i, k in keys.items() if isinstance(k, OSError)})
-
-
-def find_work(out: Path, subjects: list[Subject], recipes: dict[str, str]) -> list[Subject]:
-    """The subjects whose rows are neither in the store nor in a part yet."""
-    stored = {row["id"]: row["recipe"] for row in store.read_table(out / "subjects.tsv")}
-    parts = {name: row["recipe"] for name, row in store.part_rows(out).items()}
-    todo = [s for s in subjects if s.id in recipes
-            and recipes[s.id] not in (stored.get(s.id), parts.get(s.id))]
-    for subject in todo:
-        if subject.id in stored:
-            log.info("%s: its files or its brain extraction changed, its rows are made anew",
-                     subject.id)
-    return todo
 
 
 # ------------------------------------------------------------------------------------- working
 
 
-def work(todo: list[Subject], args: argparse.Namespace, method: str,
-         settings: Settings) -> dict[str, str]:
-    """Make the parts of all subjects in `todo`; returns id to reason for those that failed."""
-    if not todo:
-        return {}
+class Progress:
+    """A bar on a terminal, a line a session elsewhere."""
+
+    def __init__(self, total: int):
+        self._total, self._count, self._start = total, 0, time.monotonic()
+        self._bar = tqdm(total=total, unit="session", desc="preprocess", disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def pass_over(self, n: int) -> None:
+        """Count sessions that need no work."""
+        self._count += n
+        self._bar.update(n)
+
+    def say(self, name: str, reason: str) -> None:
+        """Count a session that is done, or skipped for a reason."""
+        self.pass_over(1)
+        if self._bar.disable:
+            log.info("%d/%d  %s  %s  (%.0f s)", self._count, self._total, name,
+                     f"skipped: {reason}" if reason else "done", time.monotonic() - self._start)
+
+
+def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Settings) -> None:
+    """Make the parts of all sessions that the store lacks, each when its files are there."""
+    method, total = _method(args), len(source.sessions)
     device = _device(args.device) if method in NETWORKS else "cpu"
-    if method != "mask":
-        _extractor(method, device)  # what is missing is said now, not by each worker
-    tasks = [Task(subject, method, settings, device, args.out) for subject in todo]
-    failed: dict[str, str] = {}
-    start = time.monotonic()
-    bar = tqdm(total=len(tasks), unit="subject", desc="preprocess", disable=None)
-    for done, (task, reason) in enumerate(_results(tasks, args.workers), start=1):
-        bar.update()
-        if reason:
-            failed[task.subject.id] = reason
-        if bar.disable:  # no terminal: one plain line a subject
-            log.info("%d/%d  %s  %s  (%.0f s)", done, len(tasks), task.subject.id,
-                     f"skipped: {reason}" if reason else "done", time.monotonic() - start)
-    bar.close()
-    return failed
+    for line in source.promise():
+        log.info("%s", line)
+    with Workers(min(args.workers, total)) as workers, Progress(total) as progress:
+        def load() -> None:
+            if method != "mask":
+                _extractor(method, device)  # what is missing is said now, not by each worker
+
+        def begin() -> None:
+            workers.wait()  # so that two datasets are never on disk at once
+            load()
+
+        def known(sessions: list[Subject], hashes: dict[Path, str], note: dict) -> bool:
+            if not ledger.knows(sessions, hashes, note):
+                return False
+            progress.pass_over(len(sessions))
+            return True
+
+        def settle(arrival: Arrival, reasons: dict[str, str]) -> None:
+            failed = {name: why for name, why in reasons.items() if why}
+            for name, why in reasons.items():
+                progress.say(name, why)
+            for name, why in failed.items():
+                ledger.skip(name, why)
+            arrival.release({name: {"recipe": ledger.recipes[name], "reason": why}
+                             for name, why in failed.items()})
+
+        for arrival in source.arrivals(known, begin):
+            if arrival.reason:
+                for session in arrival.sessions:
+                    ledger.skip(session.id, arrival.reason)
+                    progress.say(session.id, arrival.reason)
+                continue
+            todo = tuple(s for s in arrival.sessions if ledger.lacks(s, arrival.hashes))
+            progress.pass_over(len(arrival.sessions) - len(todo))
+            if todo:
+                load()
+                workers.submit(make_parts, Task(todo, method, settings, device, args.out),
+                               functools.partial(settle, arrival))
+            else:
+                arrival.release({})
+        workers.wait()
 
 
 def _device(name: str) -> str:
@@ -269,98 +423,76 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not name.startswith("cuda") or not torch.cuda.is_available():
+    index = name.partition(":")[2] or "0"
+    if not (name.partition(":")[0] == "cuda" and index.isdecimal()
+            and int(index) < torch.cuda.device_count()):
         raise ValueError(f"--device {name}: no such device here; take auto or cpu")
     return name
-
-
-def _results(tasks: list[Task], workers: int) -> Iterator[tuple[Task, str]]:
-    """Each task with its reason to be skipped ("" if it is done), as they finish."""
-    if workers <= 1 or len(tasks) == 1:
-        yield from ((task, make_part(task)) for task in tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker,
-                             (os.getpid(),)) as pool:
-        futures: dict[Future, Task] = {pool.submit(make_part, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise OSError("a worker process was killed, for want of memory as a rule; run again "
-                          "with fewer --workers") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():  # a subject may take minutes
-                worker.terminate()
-            raise
-
-
-def _start_worker(parent: int) -> None:
-    """End with the parent: a killed parent would leave its workers waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)
 def _extractor(method: str, device: str) -> Callable:
     """The brain extractor of this process, loaded once; one thread always gives the same bits."""
-    if method in NETWORKS and device == "cpu":
+    if method in NETWORKS:
         import torch
 
-        torch.set_num_threads(1)
+        if device == "cpu":
+            torch.set_num_threads(1)
+        else:
+            torch.cuda.set_device(device)  # deepbet takes the present one
     return brain.make_extractor(method, device=device)
 
 
-def make_part(task: Task) -> str:
-    """Prepare one subject and store its part; returns why it was skipped, "" if it was not."""
+def make_parts(task: Task) -> dict[str, str]:
+    """Prepare sessions and store their parts; id to why it was skipped, "" if it was not."""
     extractor = None if task.method == "mask" else _extractor(task.method, task.device)
-    try:
-        part = prepare(task.subject, task.method, task.settings, extractor)
-    except (ValueError, FileNotFoundError) as error:
-        return " ".join(str(error).split())
-    store.write_part(task.out, part)
-    return ""
+    reasons = {}
+    for session in task.sessions:
+        try:
+            part = prepare(session, task.method, task.settings, extractor)
+        except (ValueError, FileNotFoundError) as error:
+            reasons[session.id] = " ".join(str(error).split())
+            continue
+        store.write_part(task.out, part)
+        reasons[session.id] = ""
+    return reasons
 
 
 # ------------------------------------------------------------------------------------ finishing
 
 
-def finish(args: argparse.Namespace, recipes: dict[str, str], skipped: dict[str, str],
-           header: dict[str, Any], before: dict[str, Any] | None) -> set[str]:
-    """Assign splits, pack the store if anything is new, print the closing table.
+def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]:
+    """Assign splits, pack the store if anything is new, draw it, print the closing table.
 
     Returns the ids in the store. Parts of other runs (another tree, other settings) stay aside.
     """
-    settled_rows = store.read_table(args.out / "subjects.tsv")
-    fresh = {name: row for name, row in store.part_rows(args.out).items()
-             if recipes.get(name) == row["recipe"]}
+    settled_rows = store.read_table(out / "subjects.tsv")
+    fresh = {name: row for name, row in store.part_rows(out).items()
+             if record.recipes.get(name) == row["recipe"]}
     rows = {row["id"]: row for row in settled_rows} | fresh
     if not rows:
-        reason = next(iter(skipped.values()), "no subject was found")
+        reason = next(iter(record.skipped.values()), "no subject was found")
         raise ValueError(f"no subject could be kept: {reason}"
-                         + (f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""))
+                         + (f" (and {len(record.skipped) - 1} more)" if len(record.skipped) > 1
+                            else ""))
     settled = {(r["dataset"], r["subject"]): r["split"] for r in settled_rows}
-    splits, said = store.assign_splits([(r["dataset"], r["subject"]) for r in rows.values()],
-                                       args.split, val=args.val, test=args.test, settled=settled)
+    splits, said = store.assign_splits(
+        [(r["dataset"], r["subject"]) for r in rows.values()], record.choice["split"],
+        val=record.choice["val"], test=record.choice["test"], settled=settled)
     table = [{**row, "split": splits[row["dataset"], row["subject"]]} for row in rows.values()]
-    ours = {*recipes, *skipped}
-    reasons = {r["id"]: r["reason"] for r in store.read_table(args.out / "skipped.tsv")
+    ours = {*record.recipes, *record.skipped}
+    reasons = {r["id"]: r["reason"] for r in store.read_table(out / "skipped.tsv")
                if r["id"] not in ours}
-    reasons.update(skipped)
-    header["sources"] = _merge_sources((before or {}).get("sources", []), header["sources"])
-    header["versions"] = (before or {}).get("versions", {})
-    if fresh or not before:
-        header["versions"] = _versions()
-    if fresh or _differs(args.out, before, header, table, reasons):
-        store.pack(args.out, header, table, reasons, fresh.keys())
-    _print_table(args.out, skipped, said)
+    reasons.update(record.skipped)
+    header = {**record.header,
+              "sources": _merge_sources((before or {}).get("sources", []),
+                                        record.header["sources"])}
+    if before and not fresh:
+        header["versions"] = before.get("versions", {})
+    if fresh or _differs(out, before, header, table, reasons):
+        store.pack(out, header, table, reasons, fresh.keys())
+    draw(out, again=False)
+    _print_table(out, record.skipped, said)
     return set(rows)
 
 
@@ -405,19 +537,29 @@ def _print_table(out: Path, skipped: dict[str, str], said: list[str]) -> None:
             log.info("note: %s: %.1f %% of the brain lies outside the frame; a larger --size "
                      "holds it", subject["id"], 100 * float(subject["cut_share"]))
     for source in opened.header["sources"]:
-        log.info("source: %s%s%s%s", source["dataset"],
-                 *(f", {what} {source[what]}" if source[what] else ""
-                   for what in ("snapshot", "doi", "license")))
+        log.info("cite %s: %s", source["dataset"], citation(source))
     if skipped:
         log.info("skipped %d (skipped.tsv):", len(skipped))
         for name in sorted(skipped):
             log.info("  %s: %s", name, skipped[name])
 
 
+def citation(source: dict[str, Any]) -> str:
+    """How to cite a dataset, as far as it says."""
+    authors = source.get("authors") or []
+    names = ", ".join(authors[:3]) + (" et al." if len(authors) > 3 else "")
+    said = (names, source["name"] or source["dataset"],
+            source["snapshot"] and f"version {source['snapshot']}",
+            source["doi"] and f"https://doi.org/{source['doi']}",
+            source["license"] and f"licence {source['license']}")
+    return ". ".join(part.rstrip(".") for part in said if part) + "."
+
+
 def check(out: Path) -> int:
     """`--check`: print counts, then every fault with its rows."""
     problems = store.check(out)
     _print_table(out, {}, [])
+    _print_slices(store.SliceStore(out))
     for problem in problems:
         print(f"error: {out}: {problem}", file=sys.stderr)
     if problems:
@@ -426,25 +568,57 @@ def check(out: Path) -> int:
     return console.DONE
 
 
-def draw(out: Path) -> int:
-    """`--report`: masks, alignment and figures of every subject on a page in the store."""
+def _print_slices(opened: store.SliceStore) -> None:
+    """Slices a session, by dataset."""
+    log.info("\n%-20s %9s %9s %7s %5s %5s", "slices a session", "sessions", "mean", "SD", "min",
+             "max")
+    for dataset in sorted({s["dataset"] for s in opened.subjects}):
+        n = np.array([s["n_slices"] for s in opened.subjects if s["dataset"] == dataset])
+        log.info("%-20s %9d %9.1f %7.1f %5d %5d", dataset, len(n), n.mean(),
+                 n.std(ddof=1) if len(n) > 1 else 0.0, n.min(), n.max())
+
+
+def draw(out: Path, *, again: bool = True) -> int:
+    """Write the store's `report.html`: masks, alignment and figures of its subjects.
+
+    Not `again`: only if the page shows another state of the store.
+    """
+    state = hashlib.sha256(b"".join((out / name).read_bytes() for name in store.TABLES[1:]))
+    mark = f"<!-- {state.hexdigest()} -->\n"
+    page = out / "report.html"
+    if not again and page.is_file():
+        with open(page, encoding="utf-8", errors="replace") as html:
+            if html.readline() == mark:
+                return console.DONE
     opened = store.SliceStore(out)
-    shown = []
-    for row, subject in zip(store.read_table(out / "subjects.tsv"), opened.subjects):
-        places = np.linspace(0.1, 0.9, SHOWN) * (subject["n_slices"] - 1)
-        rows = subject["first_row"] + places.astype(int)
-        t1w, t2w = ((np.asarray(a[rows], np.float32) + 1) / 2 for a in (opened.t1w, opened.t2w))
-        shown.append(Shown(row, t1w, t2w, opened.mask(rows)))
+    shown = [look_at(row, functools.partial(opened.of_subject, subject)) for row, subject in zip(
+        store.read_table(out / "subjects.tsv"), opened.subjects)]
     skipped = {r["id"]: r["reason"] for r in store.read_table(out / "skipped.tsv")}
-    html = preprocessing_page(shown, skipped, f"Slices in {out.resolve().name}")
-    store.write_atomically(out / "report.html", html.encode())
-    log.info("report: %s", out / "report.html")
+    datasets = ", ".join(sorted({s["dataset"] for s in opened.subjects}))
+    text = preprocessing_page(shown, skipped, f"Slices of {datasets}")
+    store.write_atomically(page, (mark + text).encode())
+    log.info("report: %s", page)
     return console.DONE
 
 
 @contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the store for this process: two writers would pack each other's halves."""
+def _writer(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the store's folder: two writers would pack each other's halves, shards may meet there.
+
+    A folder that was made for this and stays empty is removed.
+    """
+    fresh = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _lock(folder, shared):
+            yield
+    finally:
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, shared: bool) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows: the user has to see to it
@@ -453,7 +627,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"{folder}: another preprocess.py is writing there; wait for it") from None

@@ -91,8 +91,8 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     for anat, subject, session in _anat_folders(root):
         scans = [scan for scan in map(parse_name, sorted(anat.iterdir())) if scan]
         strange = [s.path.name for s in scans if s.suffix in SUFFIXES
-                   and not _belongs(s.path.name, subject, session)]
-        scans = [scan for scan in scans if _belongs(scan.path.name, subject, session)]
+                   and not belongs(s.path.name, subject, session)]
+        scans = [scan for scan in scans if belongs(scan.path.name, subject, session)]
         name = subject_id(dataset, subject, session)
         chosen = {suffix: choose(scans, suffix) for suffix in SUFFIXES}
         t1w, t2w = chosen["T1w"], chosen["T2w"]
@@ -135,7 +135,7 @@ def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:
     return found
 
 
-def _belongs(file_name: str, subject: str, session: str) -> bool:
+def belongs(file_name: str, subject: str, session: str) -> bool:
     """Whether a file is named after its folders; the session's name may be left out."""
     start, _, rest = file_name.partition("_")
     other = rest.startswith("ses-") and not rest.startswith(f"ses-{session}_")
@@ -196,7 +196,7 @@ def brain_mask_path(subject: Subject) -> Path:
         masks = [s for s in map(parse_name, sorted(folder.glob("*_mask.nii*"))) if s
                  and s.get("desc") == "brain" and s.get("space") in (None, "T1w", "orig")
                  and all(own.get(e) == label for e, label in s.entities if e not in _OF_MASKS)
-                 and _belongs(s.path.name, subject.subject, subject.session)]
+                 and belongs(s.path.name, subject.subject, subject.session)]
         if masks:
             return min(masks, key=lambda s: (-sum(own.get(e) == v for e, v in s.entities),
                                              len(s.entities), s.path.name)).path
@@ -208,14 +208,29 @@ def brain_mask_path(subject: Subject) -> Path:
 
 
 def describe(root: Path, dataset: str) -> dict[str, Any]:
-    """Name, licence and DOI from a tree's `dataset_description.json`, "" where it is silent."""
+    """Name, authors, licence, DOI and version of a tree, "" where it says nothing.
+
+    From its `dataset_description.json`; the version from a download's `manifest.json`, or from a
+    DOI of OpenNeuro, which holds it.
+    """
+    text = _read_object(root / "dataset_description.json")
+    doi = str(text.get("DatasetDOI") or "").strip()
+    doi = re.sub(r"^(https?://(dx\.)?doi\.org/|doi:)", "", doi)
+    version = re.search(rf"openneuro\.{re.escape(dataset)}\.v([\w.]+)$", doi, re.IGNORECASE)
+    snapshot = _read_object(root / "manifest.json").get("tag") or (version[1] if version else "")
+    authors = text.get("Authors")
+    return {"dataset": dataset, "name": str(text.get("Name") or ""), "snapshot": str(snapshot),
+            "doi": doi, "license": str(text.get("License") or ""),
+            "authors": [str(a) for a in authors] if isinstance(authors, list) else []}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} where it is missing or something else."""
     try:
-        text = json.loads((root / "dataset_description.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
-        text = {}
-    text = text if isinstance(text, dict) else {}
-    return {"dataset": dataset, "name": str(text.get("Name", "")), "snapshot": "",
-            "doi": str(text.get("DatasetDOI", "")), "license": str(text.get("License", ""))}
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def subject_of(path: Path) -> Subject:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import queue
-import re
 import shutil
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data import bids
-from data.openneuro import Archive, Plan, SubjectFiles, place, size_text
+from data.openneuro import API_URL, Archive, Plan, SubjectFiles, place, size_text
 from data.store import write_atomically
 from data.transfer import (Damaged, File, Part, Refused, Stopped, Transfer, inspect,
                            lock, part_paths, read_note, read_object)
@@ -40,12 +39,13 @@ log = logging.getLogger("preprocess.openneuro")  # the command that shows what t
 class Manifest:
     """`manifest.json`: which files are whole and where from, and which subjects are done with.
 
-    `files` maps a name to url, size, md5, sha256, id, tag, time and mtime_ns; `subjects` maps a
-    label to the time and the same of the files that were used and deleted. Processes may share it.
+    `tag` is the snapshot. `files` maps a name to url, size, md5, sha256, id, tag, time and
+    mtime_ns; `subjects` maps a label to the time, the caller's note and the same of the files that
+    were used and deleted. Processes may share it.
     """
 
-    def __init__(self, root: Path):
-        self.path = root / MANIFEST
+    def __init__(self, root: Path, tag: str):
+        self.path, self.tag = root / MANIFEST, tag
         self._lock = threading.Lock()
         self._seen: tuple[int, ...] = ()  # which file `content` was read from
         self.content: dict[str, dict[str, Any]] = {"files": {}, "subjects": {}}
@@ -64,6 +64,11 @@ class Manifest:
         """Name to entry of the files of a subject that was finished, {} if it was not."""
         return _objects(self.content["subjects"].get(subject, {}).get("files"))
 
+    def note(self, subject: str) -> dict[str, Any]:
+        """What the caller noted of a subject that was finished, {} if nothing."""
+        noted = self.content["subjects"].get(subject, {}).get("note")
+        return noted if isinstance(noted, dict) else {}
+
     def update(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
         """Apply a change to what is on disk now, and write it whole."""
         with self._lock, _locked_folder(self.path.parent):
@@ -72,7 +77,7 @@ class Manifest:
             change(content)
             for left in self.path.parent.glob(f"{MANIFEST}.*.tmp"):  # by a killed process
                 left.unlink(missing_ok=True)
-            write_atomically(self.path, _manifest_text(content).encode())
+            write_atomically(self.path, _manifest_text(self.tag, content).encode())
             self.content, self._seen = content, self._identity()
 
     def _read(self) -> None:
@@ -91,9 +96,9 @@ class Manifest:
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def _manifest_text(content: dict[str, dict[str, Any]]) -> str:
+def _manifest_text(tag: str, content: dict[str, dict[str, Any]]) -> str:
     """JSON with a line a file; an indent would take json's slow way, 20 times slower."""
-    parts = ['{"format": "openneuro-manifest", "version": 1']
+    parts = [f'{{"format": "openneuro-manifest", "version": 1, "tag": {json.dumps(tag)}']
     for key, members in content.items():
         lines = (f"{json.dumps(name)}: {json.dumps(members[name])}" for name in sorted(members))
         parts.append(f'"{key}": {{\n' + ",\n".join(lines) + "}")
@@ -153,7 +158,7 @@ class Download:
     keep : leave the files where they are when a subject is finished; files that were there before
         stay in any case
     done : asked for each subject that an earlier run has finished and deleted, with the SHA-256 of
-        its scans by path; False fetches it anew. By default it is left alone.
+        its scans by path and the note; False fetches it anew. By default it is left alone.
     connections : files at a time
     progress : show a bar over all bytes (on a terminal), or a line a subject
 
@@ -170,7 +175,8 @@ class Download:
 
     def __init__(self, archive: Archive, plan: Plan, folder: Path, *, ahead: int = 2,
                  keep: bool = False, connections: int = 4, progress: bool = True,
-                 done: Callable[[SubjectFiles, dict[Path, str]], bool] | None = None):
+                 done: Callable[[SubjectFiles, dict[Path, str], dict[str, Any]], bool]
+                 | None = None):
         self.plan, self.keep, self.ahead = plan, keep, max(ahead, 1)
         self.root = folder / plan.snapshot.dataset
         self._archive, self._tag = archive, plan.snapshot.tag
@@ -178,9 +184,10 @@ class Download:
         for file in plan.files:
             place(self.root, file.name)
         self.root.mkdir(parents=True, exist_ok=True)
-        self._manifest = Manifest(self.root)
-        self.finished = [s for s in plan.subjects if (hashes := self.hashes(s)) is not None
-                         and (done is None or done(s, hashes))]
+        self._manifest = Manifest(self.root, self._tag)
+        self.finished = [s for s in plan.subjects if self._manifest.finished(s.subject)
+                         and (hashes := self.hashes(s)) is not None
+                         and (done is None or done(s, hashes, self.noted(s)))]
         past = {s.subject for s in self.finished}
         self._todo = [s for s in plan.subjects if s.subject not in past]
         self._held: set[str] = set()
@@ -238,11 +245,11 @@ class Download:
             under_way -= 1
             yield group.subject, self._settle(group.subject, group.failed)
 
-    def finish(self, subject: SubjectFiles) -> None:
+    def finish(self, subject: SubjectFiles, note: dict[str, Any] | None = None) -> None:
         """Be done with a subject: remember it and delete its files, unless they are kept.
 
         May be called from any thread, in any order; does nothing for a subject that could not be
-        had or is finished already.
+        had or is finished already. `note` (JSON) is remembered with it, see `noted`.
         """
         if subject.subject not in self._held:
             return
@@ -250,7 +257,8 @@ class Download:
             def mark(content: dict[str, dict]) -> None:
                 entries = {f.name: content["files"].pop(f.name) for f in subject.files
                            if f.name in content["files"]}
-                content["subjects"][subject.subject] = {"time": _now(), "files": entries}
+                content["subjects"][subject.subject] = {"time": _now(), "files": entries,
+                                                        "note": note or {}}
 
             self._manifest.update(mark)
             self._delete(subject)
@@ -258,19 +266,30 @@ class Download:
         self._ready.put(None)
 
     def hashes(self, subject: SubjectFiles) -> dict[Path, str] | None:
-        """SHA-256 by path of the scans of a subject that was finished and deleted, else None."""
+        """SHA-256 by path of a subject's scans, on disk or deleted; None unless all were whole."""
         found = self._manifest.finished(subject.subject)
         scans = {name for scan in subject.scans for name in scan[1:]}
         files = [file for file in subject.files if file.name in scans]
-        if not all(_is_same(found.get(file.name, {}), file, self._tag) for file in files):
+        entries = [self._looks_whole(file) or found.get(file.name, {}) for file in files]
+        if not all(_is_same(entry, file, self._tag) for entry, file in zip(entries, files)):
             return None
-        return {self.root / file.name: found[file.name]["sha256"] for file in files}
+        return {self.root / file.name: entry["sha256"] for entry, file in zip(entries, files)}
+
+    def noted(self, subject: SubjectFiles) -> dict[str, Any]:
+        """The note that an earlier run has finished a subject with, {} if there is none."""
+        return self._manifest.note(subject.subject)
 
     def source(self) -> dict[str, Any]:
-        """Name, snapshot, DOI and licence for `store.json`; complete after the iteration."""
-        found = bids.describe(self.root, self.plan.snapshot.dataset)
-        return {**found, "snapshot": self._tag,
-                "doi": re.sub(r"^(https?://(dx\.)?doi\.org/|doi:)", "", found["doi"].strip())}
+        """What `bids.describe` says, with this snapshot; complete after the iteration.
+
+        A snapshot's description often bears the DOI of the one before it, or none; the archive's
+        own DOIs follow from the tag.
+        """
+        dataset = self.plan.snapshot.dataset
+        found = {**bids.describe(self.root, dataset), "snapshot": self._tag}
+        if self._archive.api_url == API_URL:
+            found["doi"] = f"10.18112/openneuro.{dataset}.v{self._tag}"
+        return found
 
     # -- groups of files
 

@@ -222,9 +222,7 @@ def _pair(snapshot: Snapshot) -> tuple[dict[tuple[str, str], tuple[File, File]],
         match = _ANAT.fullmatch(file.name)
         if match:
             subject, session, name = match.group(1), match.group(2) or "", match.group(3)
-            start, _, rest = name.partition("_")
-            other = rest.startswith("ses-") and not rest.startswith(f"ses-{session}_")
-            if start == f"sub-{subject}" and not other:
+            if bids.belongs(name, subject, session):
                 sessions.setdefault((subject, session), {})[name] = file
     pairs, missing = {}, {}
     for key, files in sorted(sessions.items()):

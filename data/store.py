@@ -108,6 +108,11 @@ class SliceStore:
         bits = np.unpackbits(self.packed_mask[rows], axis=-1, count=self.size)
         return bits.astype(bool)
 
+    def of_subject(self, subject: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """T1w, T2w (n, H, W) float16 in [-1, 1] and brain (n, H, W) bool of a row of `subjects`."""
+        span = slice(subject["first_row"], subject["first_row"] + subject["n_slices"])
+        return self.t1w[span], self.t2w[span], self.mask(span)
+
     def _open(self, name: str) -> np.ndarray:
         path = self.folder / name
         try:
@@ -302,7 +307,7 @@ def recover(folder: Path) -> None:
     if (folder / COMMIT).exists():
         _complete(folder)
     ours = [*(f"{name}.new" for name in (*ARRAYS, *TABLES)), f"{COMMIT}.*.tmp",
-            f"{PARTS}/*.npz.*.tmp"]
+            f"{PARTS}/*.npz.*.tmp", "shards/*.json.*.tmp", "report.html.*.tmp"]
     for leftover in [path for pattern in ours for path in folder.glob(pattern)]:
         leftover.unlink()
 

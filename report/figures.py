@@ -81,23 +81,40 @@ def subject_plot(values: Mapping[str, Mapping[str, Sequence[float]]], labels: Se
     return _png(figure)
 
 
-def contact_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
-    """Draw subjects in rows: T1w with the mask's outline, T2w, and a checkerboard of both.
+@dataclass(frozen=True)
+class Strip:
+    """A subject in a row of pictures: n slices (n, H, W) in [0, 1] (mask bool), and counts.
 
-    Parameters
-    ----------
-    rows : (caption, t1w, t2w, mask), each of n slices (n, H, W) in [0, 1] (mask bool)
+    `t1w_counts` and `t2w_counts` are the brain's intensities in equal bins over [0, 1].
     """
-    figure = Figure(figsize=(12, 0.2 + 1.15 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for axis, (caption, t1w, t2w, mask) in zip(axes, rows):
-        parts = [np.concatenate(list(part), axis=1) for part in (t1w, t2w, checkerboard(t1w, t2w))]
-        axis.imshow(np.concatenate(parts, axis=1), cmap="gray", vmin=0, vmax=1,
+
+    caption: str
+    t1w: np.ndarray
+    t2w: np.ndarray
+    mask: np.ndarray
+    t1w_counts: np.ndarray
+    t2w_counts: np.ndarray
+
+
+def contact_sheet(strips: Sequence[Strip]) -> bytes:
+    """Draw subjects in rows: T1w with the mask's outline, T2w, a checkerboard, histograms."""
+    figure = Figure(figsize=(13.5, 0.2 + 1.35 * len(strips)), layout="constrained")
+    axes = figure.subplots(len(strips), 2, squeeze=False, width_ratios=[12, 1.5])
+    for (left, right), strip in zip(axes, strips):
+        parts = [np.concatenate(list(part), axis=1) for part in (
+            strip.t1w, strip.t2w, checkerboard(strip.t1w, strip.t2w))]
+        left.imshow(np.concatenate(parts, axis=1), cmap="gray", vmin=0, vmax=1,
                     interpolation="nearest")
-        axis.contour(np.concatenate(list(mask), axis=1), levels=[0.5], colors="tab:red",
+        left.contour(np.concatenate(list(strip.mask), axis=1), levels=[0.5], colors="tab:red",
                      linewidths=0.5)
-        axis.set_title(caption, fontsize=8, loc="left")
-        axis.set_axis_off()
+        left.set_title(strip.caption, fontsize=8, loc="left")
+        left.set_axis_off()
+        for counts, name, colour in ((strip.t1w_counts, "T1w", "tab:blue"),
+                                     (strip.t2w_counts, "T2w", "tab:orange")):
+            right.stairs(counts, np.linspace(0, 1, len(counts) + 1), color=colour, label=name)
+        right.set_yticks([])
+        right.tick_params(labelsize=5, length=2)
+        right.legend(fontsize=5, frameon=False)
     return _png(figure, dots_per_inch=130)
 
 

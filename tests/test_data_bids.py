@@ -172,15 +172,28 @@ def test_a_session_takes_its_own_mask_only(tmp_path):
 
 
 def test_the_trees_own_description_is_read_and_never_trusted_to_be_there(tmp_path):
-    empty = {"dataset": "d", "name": "", "snapshot": "", "doi": "", "license": ""}
+    empty = {"dataset": "d", "name": "", "snapshot": "", "doi": "", "license": "",
+             "authors": []}
     assert bids.describe(tmp_path, "d") == empty
     for text in ("not json", "[1, 2]", '{"Name": null}'):
         (tmp_path / "dataset_description.json").write_text(text)
         assert bids.describe(tmp_path, "d")["doi"] == ""
     (tmp_path / "dataset_description.json").write_text(json.dumps(
-        {"Name": "Heads", "DatasetDOI": "doi:10.1/x", "License": "CC0"}))
-    assert bids.describe(tmp_path, "d") == {**empty, "name": "Heads", "doi": "doi:10.1/x",
-                                            "license": "CC0"}
+        {"Name": "Heads", "DatasetDOI": "doi:10.1/x", "License": "CC0", "Authors": ["A", "B"]}))
+    full = {**empty, "name": "Heads", "doi": "10.1/x", "license": "CC0", "authors": ["A", "B"]}
+    assert bids.describe(tmp_path, "d") == full
+
+
+def test_the_version_of_a_tree_is_that_of_its_download_or_of_its_doi(tmp_path):
+    def describe(doi, dataset="ds000001"):
+        (tmp_path / "dataset_description.json").write_text(json.dumps({"DatasetDOI": doi}))
+        return bids.describe(tmp_path, dataset)["snapshot"]
+
+    doi = "https://doi.org/10.18112/openneuro.ds000001.v1.0.2"
+    assert describe(doi) == "1.0.2"
+    assert describe(doi, "ds000002") == "", "another dataset's"
+    (tmp_path / "manifest.json").write_text(json.dumps({"tag": "1.1.0"}))
+    assert describe(doi) == "1.1.0", "a description may bear the DOI of the version before"
 
 
 def test_a_single_file_finds_its_subject_and_the_mask_of_its_tree(tmp_path, monkeypatch):

@@ -1100,7 +1100,8 @@ def test_a_finished_subject_is_not_fetched_again_unless_the_caller_wants_it(crow
     assert not crowd.requests(place="s3")
     asked = {}
 
-    def done(subject, hashes):
+    def done(subject, hashes, note):
+        assert note == {}
         asked.update({path.name: digest for path, digest in hashes.items()})
         return subject.subject != "3"
 
@@ -1166,7 +1167,7 @@ def test_a_source_has_licence_doi_and_version(server, tmp_path):
                 download.finish(subject)
             assert download.source() == {
                 "dataset": DATASET, "name": "Heads", "snapshot": "1.0.0", "license": "CC0",
-                "doi": "10.18112/openneuro.x.v1.0.0"}
+                "doi": "10.18112/openneuro.x.v1.0.0", "authors": []}
 
 
 def test_without_a_terminal_progress_is_a_line_a_subject(server, tmp_path, caplog):

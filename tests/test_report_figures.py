@@ -92,10 +92,18 @@ def test_the_contact_sheet_outlines_the_mask_in_red_and_takes_a_row_a_subject():
     t1w = t2w = np.full((3, 32, 32), 0.5)
     mask = np.zeros((3, 32, 32), dtype=bool)
     mask[:, 8:24, 8:24] = True
-    sheet = figures.contact_sheet([("sub-01", t1w, t2w, mask)])
-    red = pixels(sheet)
-    red = (red[..., 0] > red[..., 1] + 60) & (red[..., 0] > red[..., 2] + 60)
-    assert red[:, :red.shape[1] // 3].sum() > 100  # in the T1w's third alone
-    assert red[:, red.shape[1] // 3 + 40:].sum() == 0
-    taller = figures.contact_sheet([("sub-01", t1w, t2w, mask)] * 3)
+    counts = np.arange(40)
+    strip = figures.Strip("sub-01", t1w, t2w, mask, counts, counts[::-1])
+    sheet = figures.contact_sheet([strip])
+    image = pixels(sheet)
+    red = (image[..., 0] > image[..., 1] + 100) & (image[..., 1] < image[..., 2] + 40)
+    grey = np.flatnonzero((np.abs(image - 128).max(axis=-1) < 4).sum(axis=0) > 30)
+    left, right = grey[0], grey[-1]  # of the slices
+    third = (right - left) // 3
+    assert red[:, left:left + third].sum() > 100  # in the T1w's third alone
+    assert red[:, left + third + 9:].sum() == 0
+    blue = image[..., 2] > image[..., 0] + 60
+    assert blue[:, right:].sum() > 30 and blue[:, :right].sum() == 0  # a histogram
+    assert right - left > 0.8 * image.shape[1], "the slices are as large as they can be"
+    taller = figures.contact_sheet([strip] * 3)
     assert pixels(taller).shape[0] > 2 * pixels(sheet).shape[0]
