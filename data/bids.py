@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,28 +90,50 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     dataset = dataset or dataset_name(root)
     subjects, missing, seen = [], {}, False
     for anat, subject, session in _anat_folders(root):
-        scans = [scan for scan in map(parse_name, sorted(anat.iterdir())) if scan]
-        strange = [s.path.name for s in scans if s.suffix in SUFFIXES
-                   and not belongs(s.path.name, subject, session)]
-        scans = [scan for scan in scans if belongs(scan.path.name, subject, session)]
-        name = subject_id(dataset, subject, session)
-        chosen = {suffix: choose(scans, suffix) for suffix in SUFFIXES}
-        t1w, t2w = chosen["T1w"], chosen["T2w"]
+        where = anat.relative_to(root).as_posix()
+        t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session)
         if t1w and t2w:
-            subjects.append(Subject(dataset, subject, session, root, t1w.path, t2w.path))
-        elif strange:
-            missing[name] = (f"{anat.relative_to(root) / strange[0]}: bears another name than its "
-                             "folder; rename one of them")
-        elif t1w or t2w:
-            has, lacks = ("T1w", "T2w") if t1w else ("T2w", "T1w")
-            missing[name] = f"{anat.relative_to(root)}: has a {has} but no {lacks}"
-        seen = seen or t1w is not None or t2w is not None or bool(strange)
+            subjects.append(Subject(dataset, subject, session, root, t1w, t2w))
+        elif reason:
+            missing[subject_id(dataset, subject, session)] = reason
+        seen = seen or t1w is not None or t2w is not None or bool(reason)
     if not seen:
         raise ValueError(
             f"{root}: no T1w or T2w found; a BIDS tree has files like "
             "sub-01/anat/sub-01_T1w.nii.gz and sub-01/anat/sub-01_T2w.nii.gz"
         )
     return sorted(subjects, key=lambda s: s.id), missing
+
+
+def pair_scans(files: Iterable[Path], where: str, subject: str,
+               session: str) -> tuple[Path | None, Path | None, str]:
+    """The T1w and T2w of one `anat` folder.
+
+    Parameters
+    ----------
+    files : all files there
+    where : the folder's name below the tree, for the reason
+    subject, session : labels that the folder's name has
+
+    Returns
+    -------
+    t1w, t2w : as `find_subjects` describes
+    reason : why they are not both there, "" if they are or if neither is
+    """
+    named = [scan for scan in map(parse_name, files) if scan]
+    scans = [scan for scan in named if belongs(scan.path.name, subject, session)]
+    strange = [scan.path.name for scan in named
+               if scan.suffix in SUFFIXES and scan not in scans]
+    chosen = [choose(scans, suffix) for suffix in SUFFIXES]
+    t1w, t2w = (scan.path if scan else None for scan in chosen)
+    reason = ""
+    if not (t1w and t2w):
+        if strange:
+            reason = f"{where}/{strange[0]}: bears another name than its folder; rename one of them"
+        elif t1w or t2w:
+            has, lacks = ("T1w", "T2w") if t1w else ("T2w", "T1w")
+            reason = f"{where}: has a {has} but no {lacks}"
+    return t1w, t2w, reason
 
 
 def dataset_name(root: Path) -> str:

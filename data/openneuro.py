@@ -219,21 +219,19 @@ def _pair(snapshot: Snapshot) -> tuple[dict[tuple[str, str], tuple[File, File]],
     """(subject, session) to T1w and T2w; id to reason where one of them is missing."""
     sessions: dict[tuple[str, str], dict[str, File]] = {}
     for file in snapshot.files:
-        match = _ANAT.fullmatch(file.name)
-        if match:
-            subject, session, name = match.group(1), match.group(2) or "", match.group(3)
-            if bids.belongs(name, subject, session):
-                sessions.setdefault((subject, session), {})[name] = file
+        if match := _ANAT.fullmatch(file.name):
+            key = match.group(1), match.group(2) or ""
+            sessions.setdefault(key, {})[match.group(3)] = file
     pairs, missing = {}, {}
     for key, files in sorted(sessions.items()):
-        # bids.parse_name takes files on a disk; nothing below the null device can be a folder.
-        scans = [s for s in map(bids.parse_name, (Path(os.devnull, name) for name in files)) if s]
-        t1w, t2w = (bids.choose(scans, suffix) for suffix in bids.SUFFIXES)
+        where = next(iter(files.values())).name.rpartition("/")[0]
+        # bids takes files on a disk; nothing below the null device can be a folder.
+        t1w, t2w, reason = bids.pair_scans([Path(os.devnull, name) for name in sorted(files)],
+                                           where, *key)
         if t1w and t2w:
-            pairs[key] = files[t1w.path.name], files[t2w.path.name]
-        elif t1w or t2w:
-            has, lacks = ("T1w", "T2w") if t1w else ("T2w", "T1w")
-            missing[bids.subject_id(snapshot.dataset, *key)] = f"has a {has} but no {lacks}"
+            pairs[key] = files[t1w.name], files[t2w.name]
+        elif reason:
+            missing[bids.subject_id(snapshot.dataset, *key)] = reason
     return pairs, missing
 
 

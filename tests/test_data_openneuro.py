@@ -374,7 +374,7 @@ def test_a_plan_has_the_files_needed_and_no_others(server, tree):
     assert plan.total_bytes == sum((tree / name).stat().st_size for name in wanted(tree))
     assert plan.peak_bytes(1) == max(subject.size for subject in plan.subjects)
     assert plan.peak_bytes(9) == sum(subject.size for subject in plan.subjects)
-    assert plan.missing == {f"{DATASET}_sub-03": "has a T1w but no T2w"}
+    assert plan.missing == {f"{DATASET}_sub-03": "sub-03/anat: has a T1w but no T2w"}
     assert str(plan) == f"{DATASET} 1.0.0: 2 subjects, 13 files, {plan.total_bytes / 1000:.0f}kB"
 
 
@@ -999,10 +999,11 @@ def test_two_processes_share_a_folder(server, tree, tmp_path):
 
 
 def test_two_writers_of_a_manifest_lose_nothing(tmp_path):
-    first, second = download.Manifest(tmp_path), download.Manifest(tmp_path)
+    first, second = download.Manifest(tmp_path, "1.0.0"), download.Manifest(tmp_path, "1.0.0")
     first.update(lambda content: content["files"].update(a={"size": 1}))
     second.update(lambda content: content["files"].update(b={"size": 2}))
-    assert download.Manifest(tmp_path).content["files"] == {"a": {"size": 1}, "b": {"size": 2}}
+    third = download.Manifest(tmp_path, "1.0.0")
+    assert third.content["files"] == {"a": {"size": 1}, "b": {"size": 2}}
 
 
 def test_shards_share_a_manifest(tree, tmp_path):
