@@ -261,7 +261,6 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person]) -> 
 
 def merge(out: Path, folders: list[Path]) -> int:
     """`--merge`: pack what the shards have made, as one run would have."""
-    out.mkdir(parents=True, exist_ok=True)
     with _writer(out):
         store.recover(out)
         record = shards.read_records(list(dict.fromkeys(folders)))

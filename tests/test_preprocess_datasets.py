@@ -1,0 +1,509 @@
+"""`preprocess.py --datasets` from end to end against an archive that misbehaves, and shards.
+
+What counts everywhere: the store has the same bytes as one from the same files on disk.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import run_command
+from conftest import content, rigid, write_pair
+from openneuro_server import Fault, OpenNeuro
+
+import preprocess
+from data import store
+from data.openneuro import Archive
+from data.store import SliceStore
+from data.transfer import Patience
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--size", "32", "--spacing", "6"]
+HEAD = {"shape": (26, 32, 24), "spacing": (6, 6, 6)}
+NAMES = ("ds000001", "ds000002")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """Two datasets: five and three subjects with both scans, one of them twice; two without."""
+    root = tmp_path_factory.mktemp("archive")
+    for label in ("01", "02", "03", "04"):
+        write_pair(root / NAMES[0], label, **HEAD)
+    for session in ("a", "b"):
+        write_pair(root / NAMES[0], "05", session=session, **HEAD)
+    for label in ("01", "06", "07"):
+        write_pair(root / NAMES[1], label, **HEAD)
+    for name in NAMES:
+        write_pair(root / name, "99", only="T1w", **HEAD)
+    for name, doi in zip(NAMES, ("10.18112/openneuro.ds000001.v1.0.0", "")):
+        (root / name / "dataset_description.json").write_text(json.dumps({
+            "Name": f"Heads of {name}", "BIDSVersion": "1.8.0", "License": "CC0",
+            "Authors": ["A. One", "B. Two", "C. Three", "D. Four"], "DatasetDOI": doi}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def from_disk(archive, tmp_path_factory):
+    """The store of `--bids` on the same files."""
+    out = tmp_path_factory.mktemp("disk") / "slices"
+    result = run_command(preprocess.main, "--bids", *(archive / name for name in NAMES), "--out",
+                         out, *SMALL, "--brain-extraction", "none", "--workers", "0")
+    assert result.code == 3
+    return content(out)
+
+
+@pytest.fixture
+def server(archive, monkeypatch):
+    with serve(archive) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        monkeypatch.setenv("OPENNEURO_S3_URL", running.s3_url)
+        yield running
+
+
+def serve(archive, **options):
+    return OpenNeuro({name: {"1.0.0": archive / name} for name in NAMES}, **options)
+
+
+def run(tmp_path, *names, options=(), out="slices", workers=0):
+    return run_command(preprocess.main, "--datasets", *(names or NAMES), "--out", tmp_path / out,
+                       "--downloads", tmp_path / "downloads", *SMALL, "--brain-extraction", "none",
+                       "--workers", workers, *options)
+
+
+def same(out, from_disk):
+    """Whether a store is that of `--bids`, but for the snapshot that only a download knows."""
+    found = content(out)
+    assert found.keys() == from_disk.keys()
+    for name in found:
+        if name == "store.json":
+            headers = [json.loads(text) for text in (found[name], from_disk[name])]
+            assert [s["snapshot"] for s in headers[0]["sources"]] == ["1.0.0", "1.0.0"]
+            for header in headers:
+                for source in header["sources"]:
+                    source["snapshot"] = ""
+            assert headers[0] == headers[1]
+        else:
+            assert found[name] == from_disk[name], name
+    return True
+
+
+def scans(tmp_path):
+    return sorted(p.name for p in (tmp_path / "downloads").rglob("sub-*") if p.is_file())
+
+
+# --------------------------------------------------------------------------------- what is built
+
+
+def test_datasets_become_the_store_that_their_files_on_disk_give(server, tmp_path, from_disk):
+    result = run(tmp_path)
+    assert result.code == 3 and result.err == ""
+    assert same(tmp_path / "slices", from_disk)
+    assert scans(tmp_path) == [], "raw files are gone when their subject is sliced"
+    assert ("cite ds000001: A. One, B. Two, C. Three et al. Heads of ds000001. version 1.0.0. "
+            "https://doi.org/10.18112/openneuro.ds000001.v1.0.0. licence CC0.") in result.out
+    assert "ds000001_sub-99: sub-99/anat: has a T1w but no T2w" in result.out
+    sources = SliceStore(tmp_path / "slices").header["sources"]
+    assert [(s["snapshot"], s["license"]) for s in sources] == [("1.0.0", "CC0")] * 2
+
+
+def test_kept_downloads_are_a_tree_that_gives_the_same_bytes_to_the_last(server, tmp_path):
+    assert run(tmp_path, options=["--keep-downloads"]).code == 3
+    trees = [tmp_path / "downloads" / name for name in NAMES]
+    assert run_command(preprocess.main, "--bids", *trees, "--out", tmp_path / "again", *SMALL,
+                       "--brain-extraction", "none", "--workers", "0").code == 0
+    ours, theirs = content(tmp_path / "slices"), content(tmp_path / "again")
+    for found in (ours, theirs):  # who had no pair was not downloaded
+        del found["skipped.tsv"], found["report.html"]
+    assert ours == theirs and len(ours) == 5
+
+
+def test_a_second_run_downloads_nothing_and_changes_nothing(server, tmp_path):
+    run(tmp_path)
+    before = content(tmp_path)
+    server.log.clear()
+    result = run(tmp_path)
+    assert result.code == 3 and "done" not in result.out
+    assert {r.place for r in server.log} == {"graphql"}
+    assert content(tmp_path) == before
+
+
+def test_subjects_that_fail_are_not_downloaded_again_by_the_same_settings(server, tmp_path):
+    run(tmp_path, NAMES[0], out="all")
+    sizes = {s["id"]: float(s["brain_ml"]) for s in SliceStore(tmp_path / "all").subjects}
+    most = max(sizes.values()) - 1
+    large = {name for name in sizes if sizes[name] > most}
+    limit = ["--brain-ml", "800", str(most)]
+    for again in (False, True):
+        server.log.clear()
+        result = run(tmp_path, NAMES[0], options=limit)
+        reasons = {r["id"]: r["reason"] for r in
+                   store.read_table(tmp_path / "slices" / "skipped.tsv")}
+        assert result.code == 3 and reasons.keys() == {*large, "ds000001_sub-99"}
+        assert all("brain mask has" in reasons[name] for name in large)
+        assert bool(server.requests(place="s3")) != again
+    assert run(tmp_path, NAMES[0]).code == 3  # other settings: fetched anew
+    assert large < {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
+
+
+def test_a_scan_that_nobody_has_costs_its_subject_only(server, tmp_path):
+    for where in ("s3", "bare", "route"):
+        server.fault(where, "sub-03/anat/sub-03_T2w.nii.gz", Fault(status=404), always=True)
+    assert run(tmp_path).code == 3
+    reasons = {r["id"]: r["reason"] for r in store.read_table(tmp_path / "slices" / "skipped.tsv")}
+    assert "sub-03_T2w.nii.gz: " in reasons["ds000001_sub-03"]
+    assert "HTTP 404" in reasons["ds000001_sub-03"]
+    assert len(SliceStore(tmp_path / "slices").subjects) == 8
+    server.always.clear()
+    assert run(tmp_path).code == 3
+    assert len(SliceStore(tmp_path / "slices").subjects) == 9
+
+
+def test_list_prints_what_would_be_fetched_and_fetches_nothing(server, tmp_path):
+    result = run(tmp_path, options=["--list"])
+    assert result.code == 0
+    assert "ds000001 1.0.0: 5 subjects, 13 files, " in result.out
+    assert "  sub-05  4 files  " in result.out and "ds000002 1.0.0: 3 subjects" in result.out
+    assert {r.place for r in server.log} == {"graphql"}
+    assert not (tmp_path / "slices").exists() and not (tmp_path / "downloads").exists()
+
+
+def test_limit_counts_subjects_over_all_datasets(server, archive, tmp_path):
+    assert run(tmp_path, options=["--limit", "6"]).code == 0
+    assert [s["id"] for s in SliceStore(tmp_path / "slices").subjects] == [
+        "ds000001_sub-01", "ds000001_sub-02", "ds000001_sub-03", "ds000001_sub-04",
+        "ds000001_sub-05_ses-a", "ds000001_sub-05_ses-b", "ds000002_sub-01"]
+    disk = run_command(preprocess.main, "--bids", *(archive / name for name in NAMES), "--out",
+                       tmp_path / "disk", *SMALL, "--brain-extraction", "none", "--limit", "6")
+    assert disk.code == 0
+    assert same(tmp_path / "slices", content(tmp_path / "disk"))
+    server.log.clear()
+    assert run(tmp_path, options=["--limit", "2"], out="two").code == 0
+    assert [s["dataset"] for s in SliceStore(tmp_path / "two").header["sources"]] == ["ds000001"]
+
+
+def test_several_workers_hold_a_bounded_number_of_subjects_on_disk(archive, tmp_path, monkeypatch,
+                                                                   from_disk):
+    most = 0
+    finish = preprocess.Snapshots.arrivals
+
+    def watched(self, known, begin):
+        nonlocal most
+        for arrival in finish(self, known, begin):
+            on_disk = {p.name.split("_")[0] + p.parts[-4] for p in
+                       (tmp_path / "downloads").rglob("*_T?w.nii.gz")}
+            most = max(most, len(on_disk))
+            yield arrival
+
+    monkeypatch.setattr(preprocess, "AHEAD", 2)
+    monkeypatch.setattr(preprocess.Snapshots, "arrivals", watched)
+    with serve(archive) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        assert run(tmp_path, workers=2).code == 3
+    assert 1 <= most <= 4
+    assert same(tmp_path / "slices", from_disk)
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--brain-extraction", "mask"], "OpenNeuro's raw datasets hold no masks"),
+    (["--shard", "3/2"], "--shard 3/2: write k/n"),
+    (["--shard", "0/2"], "--shard 0/2: write k/n"),
+    (["--api-url", "ftp://x"], "--api-url ftp://x: not an address"),
+    (["--val", "77"], "subject '77' of --val or --test is not there"),
+    (["--tta"], "--tta: is HD-BET's"),
+    (["--device", "cuda:99", "--brain-extraction", "deepbet"], "--device cuda:99: no such device"),
+])
+def test_wrong_options_are_refused_before_anything_is_downloaded(options, said, server, tmp_path):
+    result = run(tmp_path, options=options)
+    assert result.code == 2 and said in result.complaint
+    assert not server.requests(place="s3") and not (tmp_path / "slices").exists()
+
+
+@pytest.mark.parametrize("names, said", [
+    (["ds1"], "not an OpenNeuro accession number"),
+    (["ds000009"], "no such dataset"),
+    (["ds000001:9.9.9"], "has no snapshot '9.9.9'; there are 1.0.0"),
+    (["ds000001", "ds000001:1.0.0"], "ds000001 is named twice"),
+])
+def test_wrong_names_are_refused_in_one_line(names, said, server, tmp_path):
+    result = run(tmp_path, *names)
+    assert result.code == 2 and said in result.complaint
+    assert not (tmp_path / "slices").exists() and not (tmp_path / "downloads").exists()
+
+
+def test_an_archive_that_does_not_answer_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess, "Archive", lambda url: Archive(url, patience=Patience(
+        attempts=2, first_wait_s=0.01)))
+    result = run(tmp_path, options=["--api-url", "http://127.0.0.1:9/crn/graphql"])
+    assert result.code == 1 and "check the network and --api-url" in result.complaint
+
+
+# ------------------------------------------------------------------------------ faults and kills
+
+
+def command(server, tmp_path, *options, workers=1, out="slices", downloads="downloads"):
+    return subprocess.Popen(
+        [sys.executable, "preprocess.py", "--datasets", *NAMES, "--api-url", server.api_url,
+         "--out", str(tmp_path / out), "--downloads", str(tmp_path / downloads), *SMALL,
+         "--brain-extraction", "none", "--workers", str(workers), *options],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENNEURO_S3_URL": server.s3_url})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_archive_full_of_faults_gives_the_same_bytes(seed, archive, tmp_path, from_disk):
+    """A third of all requests fails: 503, 429, 404, HTML, JSON errors, cuts, wrong ETags."""
+    with serve(archive, seed=seed) as server:
+        for _ in range(5):  # a scan may be refused everywhere once; another run gets it
+            process = command(server, tmp_path)
+            out, err = process.communicate(timeout=120)
+            assert process.returncode in (1, 3), out + err
+            if process.returncode == 3 and "HTTP" not in out:
+                break
+    assert same(tmp_path / "slices", from_disk)
+
+
+def test_killed_at_many_moments_the_next_run_ends_with_the_same_bytes(archive, tmp_path,
+                                                                      from_disk):
+    """SIGKILL on a slow line: in mid-download, in mid-slicing, between mark and deletion."""
+    draws, kills = random.Random(0), 0
+    with serve(archive, rate=300_000) as server:
+        begun = time.monotonic()
+        process = command(server, tmp_path, out="undisturbed", downloads="other")
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 3, out + err
+        seconds = time.monotonic() - begun
+        for _ in range(8):
+            process = command(server, tmp_path, workers=draws.choice((1, 2)))
+            time.sleep(draws.uniform(0.25, 0.8) * seconds)
+            process.send_signal(signal.SIGKILL)
+            process.communicate(timeout=60)
+            kills += process.returncode == -signal.SIGKILL
+        assert kills > 2
+        process = command(server, tmp_path, workers=2)
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (3, ""), out
+    assert content(tmp_path / "slices") == content(tmp_path / "undisturbed")
+    assert same(tmp_path / "slices", from_disk)
+    assert scans(tmp_path) == []
+    assert not list((tmp_path / "downloads").rglob("*.part*"))
+
+
+KILLED = """
+import os, signal, sys
+import preprocess
+
+root, command = sys.argv[1], sys.argv[2:]
+WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+def attempt(name, at):
+    '''Run in a child that is killed before its at-th change to a file.'''
+    child = os.fork()
+    if not child:
+        count = 0
+        folder = os.path.join(root, name)
+        os.mkdir(folder) if not os.path.isdir(folder) else None
+        def watch(event, args):
+            nonlocal count
+            changes = event in WRITES or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if changes and str(args[0]).startswith(folder):
+                count += 1
+                if count == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
+        os._exit(preprocess.main([*command, "--out", os.path.join(folder, "slices"),
+                                  "--downloads", os.path.join(folder, "downloads")]))
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+at, killed = 0, True
+while killed:
+    at += 1
+    killed = attempt(f"killed-at-{at:03d}", at)
+    attempt(f"killed-at-{at:03d}", 0)
+at = 1
+while attempt("killed-again-and-again", at):
+    at += 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_before_any_write_the_next_run_ends_with_the_same_bytes(archive, server, tmp_path):
+    """SIGKILL before each file is opened to write, renamed or removed: downloads and store."""
+    options = [*SMALL, "--brain-extraction", "none", "--workers", "0", "--limit", "1"]
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path, "--datasets", NAMES[1], *options],
+                   cwd=ROOT, check=True, timeout=400, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run(tmp_path, NAMES[1], options=["--limit", "1"], out="undisturbed")
+    wanted = content(tmp_path / "undisturbed")
+    trials = sorted(tmp_path.glob("killed-*"))
+    assert len(trials) > 40
+    for trial in trials:
+        assert content(trial / "slices") == wanted, trial.name
+        left = {p.name for p in (trial / "downloads").rglob("*") if p.is_file()}
+        assert left == {"dataset_description.json", "manifest.json"}, trial.name
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_download_says_one_line_and_goes_on(how, archive, tmp_path, from_disk):
+    with serve(archive, rate=150_000) as server:
+        process = command(server, tmp_path, workers=2)
+        while not server.sent(place="s3"):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(how)
+        begun = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 10
+        assert process.returncode == 1
+        assert err.splitlines() == ["stopped; the same command goes on from here"]
+        server.rate = None
+        process = command(server, tmp_path, workers=2)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 3, out + err
+    assert same(tmp_path / "slices", from_disk)
+
+
+# ----------------------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("where", ["one-folder", "a-folder-each"])
+def test_shards_side_by_side_give_the_bytes_of_one_run(where, archive, tmp_path, from_disk):
+    outs = ["slices"] * 3 if where == "one-folder" else ["s1", "s2", "s3"]
+    downloads = ["downloads"] * 3 if where == "one-folder" else outs
+    with serve(archive) as server:
+        shards = [command(server, tmp_path, "--shard", f"{k}/3", out=out, downloads=f"d{folder}")
+                  for k, (out, folder) in enumerate(zip(outs, downloads), start=1)]
+        for process in shards:
+            out, err = process.communicate(timeout=120)
+            assert (process.returncode, err) == (3, ""), out
+            assert "--merge" in out
+        fetched = [r.name for r in server.requests(place="s3") if "sub-" in r.name]
+        assert len(fetched) == 2 * 9, "each scan by one shard"
+    folders = [] if where == "one-folder" else [tmp_path / out for out in outs]
+    result = run_command(preprocess.main, "--merge", *folders, "--out", tmp_path / "slices")
+    assert (result.code, result.err) == (3, "")
+    assert same(tmp_path / "slices", from_disk)
+
+
+@pytest.fixture(scope="module")
+def two_shards(archive, tmp_path_factory):
+    """Both shards of the trees in a folder each, not merged."""
+    folders = [tmp_path_factory.mktemp("shards") / f"part{k}" for k in (1, 2)]
+    for k, folder in enumerate(folders, start=1):
+        assert shard(archive, folder, f"{k}/2").code == 3
+    return folders
+
+
+def shard(archive, out, which, *options):
+    return run_command(preprocess.main, "--bids", *(archive / name for name in NAMES), "--shard",
+                       which, "--out", out, *SMALL, "--brain-extraction", "none", "--workers", 0,
+                       *options)
+
+
+def merge(out, *folders):
+    return run_command(preprocess.main, "--merge", *folders, "--out", out)
+
+
+def copies(folders, tmp_path):
+    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders]
+
+
+def test_a_merge_takes_exactly_what_the_shards_recorded(two_shards, tmp_path, from_disk):
+    assert merge(tmp_path / "out", *two_shards).code == 3
+    assert content(tmp_path / "out") == from_disk
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert merge(tmp_path / "out", *two_shards).code == 3, "again, with nothing to do"
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_merge_without_all_shards_says_which_are_missing(two_shards, tmp_path):
+    result = merge(tmp_path / "out", two_shards[1])
+    assert result.code == 2 and "shards 1 of 2 are not through" in result.complaint
+    result = merge(tmp_path / "out", tmp_path)
+    assert result.code == 2 and "no shard has finished there" in result.complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_part_is_named_and_the_shard_makes_it_again(archive, two_shards, tmp_path,
+                                                           from_disk):
+    folders = copies(two_shards, tmp_path)
+    (folders[0] / "parts" / "ds000001_sub-03.npz").unlink()
+    result = merge(tmp_path / "out", *folders)
+    assert result.code == 2
+    assert "no part of ds000001_sub-03; run its shard again" in result.complaint
+    again = shard(archive, folders[0], "1/2")
+    assert again.code == 3 and again.out.count("  done  ") == 1
+    assert merge(tmp_path / "out", *folders).code == 3
+    assert content(tmp_path / "out") == from_disk
+
+
+def test_shards_of_different_options_or_jobs_do_not_mix(archive, two_shards, tmp_path):
+    folders = copies(two_shards, tmp_path)
+    shard(archive, folders[1], "2/2", "--test", "06")
+    result = merge(tmp_path / "out", *folders)
+    assert result.code == 2 and "run all shards with the same options" in result.complaint
+    shard(archive, folders[1], "1/3")
+    result = merge(tmp_path / "out", *folders)
+    assert result.code == 2 and "has shards of 2 and of 3" in result.complaint
+    (folders[0] / "shards" / "1-of-2.json").write_text("{")
+    result = merge(tmp_path / "out", folders[0])
+    assert result.code == 2 and "1-of-2.json: not a shard's record" in result.complaint
+
+
+def test_shards_add_to_a_store_as_one_run_does(archive, tmp_path):
+    """The store grows by shards to what it grows to by one run."""
+    for out in ("one", "many"):
+        assert run_command(preprocess.main, "--bids", archive / NAMES[1], "--out", tmp_path / out,
+                           *SMALL, "--brain-extraction", "none", "--workers", 0).code == 3
+    assert run_command(preprocess.main, "--bids", archive / NAMES[0], "--out", tmp_path / "one",
+                       *SMALL, "--brain-extraction", "none", "--workers", 0).code == 3
+    for k in (2, 1):
+        assert run_command(preprocess.main, "--bids", archive / NAMES[0], "--out",
+                           tmp_path / "many", *SMALL, "--brain-extraction", "none", "--workers", 0,
+                           "--shard", f"{k}/2").code == 3
+    assert merge(tmp_path / "many").code == 3
+    assert content(tmp_path / "many") == content(tmp_path / "one")
+
+
+def test_more_shards_than_subjects_leave_some_without_work(archive, tmp_path, from_disk):
+    for k in range(1, 12):
+        assert shard(archive, tmp_path / "out", f"{k}/11").code == 3
+    assert merge(tmp_path / "out").code == 3
+    assert content(tmp_path / "out") == from_disk
+
+
+def test_a_shard_does_not_write_into_a_store_that_is_being_packed(archive, two_shards, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    folder = copies(two_shards, tmp_path)[0]
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert "another preprocess.py is writing" in shard(archive, folder, "1/2").complaint
+        fcntl.flock(handle, fcntl.LOCK_SH)  # another shard
+        assert shard(archive, folder, "1/2").code == 3
+        assert "another preprocess.py is writing" in merge(folder).complaint
+    finally:
+        os.close(handle)
+
+
+def test_whole_heads_over_the_archive_register_as_from_disk(tmp_path, monkeypatch):
+    """With a given network in place of none: T2w moved, so masks and registration take part."""
+    pytest.importorskip("deepbet")
+    tree = tmp_path / "archive" / NAMES[0]
+    write_pair(tree, "01", shape=(38, 46, 34), spacing=5, extracted=False,
+               matrix=rigid((0, 2, 1), (1, 2, 1)))
+    options = [*SMALL, "--brain-extraction", "deepbet", "--device", "cpu", "--workers", "0",
+               "--brain-ml", "300", "4000"]
+    with OpenNeuro({NAMES[0]: {"1.0.0": tree}}) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        run_command(preprocess.main, "--datasets", NAMES[0], "--downloads", tmp_path / "downloads",
+                    "--keep-downloads", "--out", tmp_path / "slices", *options)
+    run_command(preprocess.main, "--bids", tmp_path / "downloads" / NAMES[0], "--out",
+                tmp_path / "again", *options)
+    assert content(tmp_path / "slices") == content(tmp_path / "again")
