@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ def make_extractor(device: str, *, tta: bool = False) -> Callable[[Volume], np.n
         image = np.ascontiguousarray(volume.data.transpose(2, 1, 0))[None]
         properties = {"spacing": [float(s) for s in volume.spacing_mm[::-1]]}
         try:
-            with _contained():
+            with _contained(), _never_waiting():
                 labels = predictor.predict_single_npy_array(image, properties, None, None, False)
         except Exception as error:  # nnU-Net fails on odd scans in as many ways as they are odd
             raise _blame(volume.path, error) from error
@@ -220,6 +221,7 @@ def _download(new: Path) -> Path:
     except (module.requests.RequestException, ConnectionError, TimeoutError) as error:
         response = getattr(error, "response", None)  # of the server: it has answered with an error
         text = str(error).rsplit(": ", 1)[-1].strip("()'\" .")  # its cause comes last
+        text += ")" * (text.count("(") - text.count(")"))
         raise _Unfit(f"{type(error).__name__}: {text}" if response is None
                      else f"the server answers {response.status_code}") from None
     except OSError:
@@ -354,3 +356,39 @@ def _contained() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = trying_out
+
+
+class _Failure:
+    """An item of nnU-Net's queue that raises where it is taken apart."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self) -> Iterator[Any]:
+        raise self.error
+
+
+@contextlib.contextmanager
+def _never_waiting() -> Iterator[None]:
+    """Pass on what fails in the thread that feeds nnU-Net's net.
+
+    Where memory is short that thread may be the one that gets none; it ends, and nnU-Net would wait
+    for its next item for ever.
+    """
+    module: Any = importlib.import_module("nnunetv2.inference.predict_from_raw_data")
+    before = getattr(module, "Thread", None)
+
+    def feeder(*, target: Callable, args: tuple, **how: Any) -> threading.Thread:
+        def feed() -> None:
+            try:
+                target(*args)
+            except Exception as error:
+                args[-1].put(_Failure(error))
+
+        return threading.Thread(target=feed, **how)
+
+    module.Thread = feeder
+    try:
+        yield
+    finally:
+        module.Thread = before
