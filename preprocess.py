@@ -37,7 +37,7 @@ from data import bids, brain, shards, store
 from data.bids import Subject
 from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
-from data.sources import Arrival, Person, Snapshots, Trees
+from data.sources import Arrival, Person, Seen, Snapshots, Trees
 from data.subject import Settings, prepare, recipe
 from data.workers import Workers
 from report.preprocessing import look_at, preprocessing_page
@@ -54,6 +54,7 @@ class Task:
     """What a worker process needs to make the parts of one subject."""
 
     sessions: tuple[Subject, ...]
+    snapshot: str
     method: str
     settings: Settings
     device: str
@@ -73,18 +74,21 @@ class Ledger:
         self._method, self._settings = method, settings
         self.recipes: dict[str, str] = {}
         self.skipped = dict(skipped)
-        self._stored = {r["id"]: r["recipe"] for r in store.read_table(out / "subjects.tsv")}
-        self._parts = {name: row["recipe"] for name, row in store.part_rows(out).items()}
+        header = store.read_header(out)
+        snapshots = {source["dataset"]: source["snapshot"] for source in header.get("sources", [])}
+        self._stored = {row["id"]: {"snapshot": snapshots.get(row["dataset"], ""), **row}
+                        for row in store.read_table(out / "subjects.tsv")}
+        self._parts = store.part_rows(out)
 
     def lacks(self, session: Subject, hashes: dict[Path, str]) -> bool:
         """Enter a session; whether its rows are still to be made."""
         try:
-            key = recipe(session, self._method, self._settings, hashes=hashes)[2]
+            key = self._key(session, hashes)
         except OSError as error:
             self.skip(session.id, str(error))
             return False
         self.recipes[session.id] = key
-        if key in (self._stored.get(session.id), self._parts.get(session.id)):
+        if self._holds(session.id, key):
             return False
         if session.id in self._stored:
             log.info("%s: its files or its brain extraction changed, its rows are made anew",
@@ -95,14 +99,38 @@ class Ledger:
               note: dict[str, Any]) -> bool:
         """Whether sessions whose files are gone are stored, or failed before by the same recipe."""
         for session in sessions:
-            key = recipe(session, self._method, self._settings, hashes=hashes)[2]
-            failed = note.get(session.id)
+            key, failed = self._key(session, hashes), note.get(session.id)
             if isinstance(failed, dict) and failed.get("recipe") == key:
                 self.skip(session.id, str(failed.get("reason")))
-            elif key not in (self._stored.get(session.id), self._parts.get(session.id)):
+            elif not self._holds(session.id, key):
                 return False
             self.recipes[session.id] = key
         return True
+
+    def remembers(self, sessions: list[Subject], snapshot: str) -> bool:
+        """Whether sessions of a snapshot are stored, judged by the names of their files alone.
+
+        A snapshot never changes, so files of one name are files of one content.
+        """
+        keys = {}
+        for session in sessions:
+            for row in filter(None, (self._parts.get(session.id), self._stored.get(session.id))):
+                paths = {session.root / row["t1w"]: row["t1w_sha256"],
+                         session.root / row["t2w"]: row["t2w_sha256"]}
+                if (row.get("snapshot") == snapshot and paths.keys() == {session.t1w, session.t2w}
+                        and self._key(session, paths) == row["recipe"]):
+                    keys[session.id] = row["recipe"]
+        if len(keys) < len(sessions):
+            return False
+        self.recipes.update(keys)
+        return True
+
+    def _key(self, session: Subject, hashes: dict[Path, str]) -> str:
+        return recipe(session, self._method, self._settings, hashes=hashes)[2]
+
+    def _holds(self, name: str, key: str) -> bool:
+        return any(name in rows and rows[name]["recipe"] == key
+                   for rows in (self._stored, self._parts))
 
     def skip(self, name: str, reason: str) -> None:
         """Leave a session out."""
@@ -383,11 +411,11 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
             workers.wait()  # so that two datasets are never on disk at once
             load()
 
-        def known(sessions: list[Subject], hashes: dict[Path, str], note: dict) -> bool:
-            if not ledger.knows(sessions, hashes, note):
-                return False
-            progress.pass_over(len(sessions))
-            return True
+        def known(sessions: list[Subject], what: Seen) -> bool:
+            found = (ledger.remembers(sessions, what) if isinstance(what, str)
+                     else ledger.knows(sessions, *what))
+            progress.pass_over(len(sessions) if found else 0)
+            return found
 
         def settle(arrival: Arrival, reasons: dict[str, str]) -> None:
             failed = {name: why for name, why in reasons.items() if why}
@@ -408,7 +436,8 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
             progress.pass_over(len(arrival.sessions) - len(todo))
             if todo:
                 load()
-                workers.submit(make_parts, Task(todo, method, settings, device, args.out),
+                workers.submit(make_parts, Task(todo, arrival.snapshot, method, settings, device,
+                                                args.out),
                                functools.partial(settle, arrival))
             else:
                 arrival.release({})
@@ -452,7 +481,7 @@ def make_parts(task: Task) -> dict[str, str]:
         except (ValueError, FileNotFoundError) as error:
             reasons[session.id] = " ".join(str(error).split())
             continue
-        store.write_part(task.out, part)
+        store.write_part(task.out, part, snapshot=task.snapshot)
         reasons[session.id] = ""
     return reasons
 

@@ -21,7 +21,9 @@ from data.openneuro import Archive, SubjectFiles, make_plan, parse_spec, size_te
 from data.subject import sha256
 
 Person = tuple[str, str]  # dataset and subject label
-Known = Callable[[list[Subject], dict[Path, str], dict[str, Any]], bool]
+# What is known of files that are not there: their snapshot, or their hashes and what was noted.
+Seen = str | tuple[dict[Path, str], dict[str, Any]]
+Known = Callable[[list[Subject], Seen], bool]
 
 
 def _nothing(note: dict[str, Any]) -> None:
@@ -36,6 +38,7 @@ class Arrival:
     ----------
     sessions : one or more of one subject
     hashes : SHA-256 of the scans by path
+    snapshot : version of the dataset, "" if it has none
     reason : "" if the files are there
     release : to be called when the files are needed no more; takes what to remember of them
     """
@@ -43,6 +46,7 @@ class Arrival:
     sessions: tuple[Subject, ...]
     hashes: dict[Path, str] = field(default_factory=dict)
     reason: str = ""
+    snapshot: str = ""
     release: Callable[[dict[str, Any]], None] = _nothing
 
 
@@ -186,16 +190,19 @@ class Snapshots:
 
         Parameters
         ----------
-        known : asked for sessions that an earlier run has finished and deleted; they are fetched
-            anew unless it returns True
+        known : asked for sessions that may be stored already, first by their snapshot, then, if
+            an earlier run has finished and deleted them, by their hashes; they are not fetched if
+            it returns True
         begin : called before a dataset is downloaded
         """
-        for plan in self.plans:
-            root = self._folder / plan.snapshot.dataset
+        for whole in self.plans:
+            root, tag = self._folder / whole.snapshot.dataset, whole.snapshot.tag
+            plan = dataclasses.replace(whole, subjects=tuple(
+                s for s in whole.subjects if self._keep or not known(s.sessions(root), tag)))
 
             def done(subject: SubjectFiles, hashes: dict[Path, str], note: dict[str, Any],
                      root: Path = root) -> bool:
-                return known(subject.sessions(root), hashes, note)
+                return known(subject.sessions(root), (hashes, note))
 
             with Download(self._archive, plan, self._folder, ahead=self._ahead, keep=self._keep,
                           done=done) as download:
@@ -203,7 +210,7 @@ class Snapshots:
                     begin()
                 for subject, reason in download:
                     yield Arrival(tuple(subject.sessions(root)), download.hashes(subject) or {},
-                                  reason, partial(download.finish, subject))
+                                  reason, tag, partial(download.finish, subject))
                 self._described.append(download.source())
 
     def describe(self) -> list[dict[str, Any]]:

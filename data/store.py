@@ -312,13 +312,21 @@ def recover(folder: Path) -> None:
         leftover.unlink()
 
 
-def write_part(folder: Path, part: Part) -> None:
-    """Keep one finished subject until the next `pack`; whole or not at all."""
+def read_header(folder: Path) -> dict[str, Any]:
+    """The content of `store.json`, {} where there is none; see `SliceStore` for errors."""
+    return _read_header(folder) if (folder / "store.json").exists() else {}
+
+
+def write_part(folder: Path, part: Part, *, snapshot: str = "") -> None:
+    """Keep one finished subject until the next `pack`; whole or not at all.
+
+    `snapshot` is the version of the dataset that its files are from, where that is known.
+    """
     parts = folder / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez(buffer, t1w=part.t1w, t2w=part.t2w, mask=np.packbits(part.mask, axis=-1),
-             row=np.array(json.dumps(part.row)))
+             row=np.array(json.dumps({**part.row, "snapshot": snapshot})))
     write_atomically(parts / f"{part.row['id']}.npz", buffer.getvalue())
 
 

@@ -134,6 +134,35 @@ def test_a_second_run_downloads_nothing_and_changes_nothing(server, tmp_path):
     assert content(tmp_path) == before
 
 
+def test_what_is_stored_is_not_fetched_again_after_downloads_were_removed(server, tmp_path):
+    run(tmp_path)
+    before = content(tmp_path / "slices")
+    shutil.rmtree(tmp_path / "downloads")
+    server.log.clear()
+    assert run(tmp_path).code == 3
+    assert not [r for r in server.requests(place="s3") if "sub-" in r.name]
+    assert content(tmp_path / "slices") == before
+    run(tmp_path, options=["--shard", "1/2"], out="shard")
+    shutil.rmtree(tmp_path / "downloads")
+    server.log.clear()
+    result = run(tmp_path, options=["--shard", "1/2"], out="shard")
+    assert result.code == 3 and "  done  " not in result.out
+    assert not [r for r in server.requests(place="s3") if "sub-" in r.name]
+
+
+def test_another_snapshot_is_fetched_though_its_names_are_stored(archive, tmp_path, monkeypatch):
+    newer = tmp_path / "newer" / NAMES[1]
+    shutil.copytree(archive / NAMES[1], newer)
+    write_pair(newer, "06", person=3, **HEAD)
+    with OpenNeuro({NAMES[1]: {"1.0.0": archive / NAMES[1], "1.1.0": newer}}) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        run(tmp_path, f"{NAMES[1]}:1.0.0")
+        result = run(tmp_path, NAMES[1])
+    assert "ds000002_sub-06: its files or its brain extraction changed" in result.out
+    assert result.out.count("  done  ") == 1, "the others have the same hashes"
+    assert SliceStore(tmp_path / "slices").header["sources"][0]["snapshot"] == "1.1.0"
+
+
 def test_subjects_that_fail_are_not_downloaded_again_by_the_same_settings(server, tmp_path):
     run(tmp_path, NAMES[0], out="all")
     sizes = {s["id"]: float(s["brain_ml"]) for s in SliceStore(tmp_path / "all").subjects}
@@ -193,9 +222,9 @@ def test_several_workers_hold_a_bounded_number_of_subjects_on_disk(archive, tmp_
     most = 0
     finish = preprocess.Snapshots.arrivals
 
-    def watched(self, known, begin):
+    def watched(*arguments):
         nonlocal most
-        for arrival in finish(self, known, begin):
+        for arrival in finish(*arguments):
             on_disk = {p.name.split("_")[0] + p.parts[-4] for p in
                        (tmp_path / "downloads").rglob("*_T?w.nii.gz")}
             most = max(most, len(on_disk))
