@@ -224,6 +224,7 @@ class Download:
 
     def __iter__(self) -> Iterator[tuple[SubjectFiles, str]]:
         """Each subject with "", or with the reason why its scans cannot be had."""
+        self._start = time.monotonic()
         for thread in self._threads:
             thread.start()
         for subject in () if self.keep else self.finished:

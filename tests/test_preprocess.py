@@ -354,6 +354,40 @@ def test_check_prints_each_fault_with_subject_and_rows_and_ends_with_two(small_s
     assert nothing.code == 2 and "no slice store there" in nothing.complaint
 
 
+def test_check_prints_slices_a_session_by_dataset(small_tree, tmp_path):
+    other = tmp_path / "others"
+    write_pair(other, "01", shape=(38, 48, 33), spacing=(4, 4, 4))
+    assert run(tmp_path / "out", small_tree, other).code == 0
+    lines = run_command(preprocess.main, "--check", "--out", tmp_path / "out").out.splitlines()
+    n = np.array([s["n_slices"] for s in SliceStore(tmp_path / "out").subjects
+                  if s["dataset"] == "heads"])
+    assert ["heads", "5", f"{n.mean():.1f}", f"{n.std(ddof=1):.1f}", str(n.min()),
+            str(n.max())] in [line.split() for line in lines]
+    assert any(line.split()[:2] == ["others", "1"] and line.split()[3] == "0.0" for line in lines)
+
+
+def test_the_report_is_drawn_when_the_store_has_changed_and_only_then(small_tree, tmp_path):
+    out = tmp_path / "out"
+    assert run(out, small_tree, options=[*EXTRACTED, "--limit", "3"]).code == 0
+    first = (out / "report.html").read_text()
+    assert "heads_sub-03" in first and "heads_sub-04" not in first
+    drawn = (out / "report.html").stat().st_mtime_ns
+    assert run(out, small_tree, options=[*EXTRACTED, "--limit", "3"]).code == 0
+    assert (out / "report.html").stat().st_mtime_ns == drawn
+    (out / "report.html").unlink()
+    assert run(out, small_tree, options=[*EXTRACTED, "--limit", "3"]).code == 0
+    assert (out / "report.html").read_text() == first
+    assert run(out, small_tree).code == 0
+    assert "heads_sub-04" in (out / "report.html").read_text()
+
+
+def test_list_names_the_files_that_would_be_taken(small_tree, tmp_path):
+    result = run(tmp_path / "out", small_tree, options=[*EXTRACTED, "--list"])
+    assert result.code == 0 and not (tmp_path / "out").exists()
+    line = "heads_sub-03  sub-03/anat/sub-03_T1w.nii.gz  sub-03/anat/sub-03_T2w.nii.gz"
+    assert line in result.out
+
+
 def test_a_folder_with_other_files_keeps_them(small_tree, tmp_path):
     for name in ("notes.tmp", "old.new", "parts/sketch.npz", "parts/draft.tmp", "README"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
