@@ -47,6 +47,7 @@ log = logging.getLogger("preprocess")
 NETWORKS = ("hd-bet", "hd-bet+tta", "deepbet")
 Source = Trees | Snapshots
 AHEAD = 3  # subjects on disk or on their way beyond those that the workers have
+WORKER_GIB, WORKERS_A_GPU = 3, 4
 TOOLS = ("numpy", "nibabel", "scipy", "SimpleITK", "torch", "HD-BET", "deepbet", "nilearn")
 
 
@@ -117,18 +118,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     chosen.add_argument("--list", action="store_true",
                         help="only print subjects, files and sizes")
     run = p.add_argument_group("run")
-    run.add_argument("--workers", type=int, default=_cores(),
-                     help="subjects side by side, each in a process of its own (0: in this one)")
+    run.add_argument("--workers", type=int,
+                     help="subjects side by side, each in a process of its own (0: in this one; "
+                          f"default: one a core, at most one for {WORKER_GIB} GiB of memory, and "
+                          f"at most {WORKERS_A_GPU} where they share a GPU)")
     run.add_argument("--seed", type=int, default=0, help="of simulation and registration")
     run.add_argument("--device", default="auto",
                      help="of the brain extraction: auto, cpu, cuda[:K]")
     args = p.parse_args(argv)
     _check_args(args)
+    if args.workers is None:
+        works = not args.list and (args.datasets or args.bids or args.simulate)
+        on_gpu = works and _method(args) in NETWORKS and _device(args.device) != "cpu"
+        args.workers = _default_workers(bool(on_gpu))
     return args
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _default_workers(on_gpu: bool) -> int:
+    """As many as there are cores for, and memory."""
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+             else os.cpu_count() or 1)
+    room = cores
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (WORKER_GIB << 30)
+    return max(min(cores, room, WORKERS_A_GPU if on_gpu else cores), 1)
 
 
 def _check_args(args: argparse.Namespace) -> None:
@@ -157,8 +170,8 @@ def _check_args(args: argparse.Namespace) -> None:
     for name in ("shard", "list"):
         if getattr(args, name) and not (args.datasets or args.bids):
             raise ValueError(f"--{name}: goes with --datasets or --bids")
-    if args.tta and args.brain_extraction not in (None, "hd-bet"):
-        raise ValueError(f"--tta: is HD-BET's, --brain-extraction is {args.brain_extraction}")
+    if args.tta and _method(args) != "hd-bet+tta":
+        raise ValueError(f"--tta: is HD-BET's, --brain-extraction is {_method(args)}")
     if args.datasets and args.brain_extraction == "mask":
         raise ValueError("--brain-extraction mask: OpenNeuro's raw datasets hold no masks; choose "
                          "hd-bet or deepbet")

@@ -381,6 +381,18 @@ def test_the_report_is_drawn_when_the_store_has_changed_and_only_then(small_tree
     assert "heads_sub-04" in (out / "report.html").read_text()
 
 
+def test_default_workers_fit_into_the_memory_and_on_a_gpu(monkeypatch):
+    def workers(gib, cores, on_gpu=False):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+        monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096,
+                                                         "SC_PHYS_PAGES": gib << 18}[name])
+        return preprocess._default_workers(on_gpu)
+
+    assert workers(64, 8) == 8
+    assert workers(8, 16) == 2 and workers(1, 16) == 1
+    assert workers(512, 64, on_gpu=True) == 4
+
+
 def test_list_names_the_files_that_would_be_taken(small_tree, tmp_path):
     result = run(tmp_path / "out", small_tree, options=[*EXTRACTED, "--list"])
     assert result.code == 0 and not (tmp_path / "out").exists()
