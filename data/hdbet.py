@@ -64,11 +64,7 @@ def make_extractor(device: str, *, tta: bool = False) -> Callable[[Volume], np.n
     try:
         predictor = _load(folder, place, tta)
     except _Unfit as error:
-        raise ValueError(
-            f"{NAME}: the weights in {folder} do not load ({error}); they do not fit the installed "
-            "HD-BET and nnunetv2: delete that folder and run again, or use --brain-extraction "
-            "deepbet"
-        ) from error
+        raise _misfit(folder, error) from error
 
     def extract(volume: Volume) -> np.ndarray:
         # nnU-Net takes (1, K, J, I) and the spacing in that order. It looks at voxels, never at
@@ -193,22 +189,28 @@ def _fetch(folder: Path, scratch: Path, fault: str) -> Path:
     """Fetch the weights by HD-BET's own function, and again if what comes is of no use."""
     url = _module("checkpoint_download").ZENODO_DOWNLOAD_URL
     log.info("%s: its weights in %s %s; fetching %s", NAME, folder, fault, url)
+    start = time.monotonic()
     for left in reversed(range(TRIES)):
-        start = time.monotonic()
         try:
-            new = _download(Path(tempfile.mkdtemp(dir=scratch)) / "weights")
-            _prove(new)
+            new = _download(Path(scratch, f"try-{left}", "weights"))
+            break
         except _Unfit as error:
             reason = str(error)
-        else:
-            log.info("%s: weights fetched and checked (%.0f s)", NAME, time.monotonic() - start)
-            return new
+        shutil.rmtree(scratch / f"try-{left}", ignore_errors=True)
         if left:
             log.warning("%s: %s; trying again, %d left", NAME, reason, left)
             time.sleep(PAUSE_S)
-    raise ValueError(f"{NAME}: its weights in {folder} {fault}, and cannot be fetched ({reason}); "
-                     f"fetch {url} elsewhere and put the zip file, as it is, into {folder}, or use "
-                     "--brain-extraction deepbet")
+    else:
+        raise ValueError(
+            f"{NAME}: its weights in {folder} {fault}, and cannot be fetched ({reason}); fetch "
+            f"{url} elsewhere and put the zip file, as it is, into {folder}, or use "
+            "--brain-extraction deepbet")
+    try:
+        _prove(new)
+    except _Unfit as error:
+        raise _misfit(url, error) from error
+    log.info("%s: weights fetched and checked (%.0f s)", NAME, time.monotonic() - start)
+    return new
 
 
 def _download(new: Path) -> Path:
@@ -224,10 +226,12 @@ def _download(new: Path) -> Path:
         text += ")" * (text.count("(") - text.count(")"))
         raise _Unfit(f"{type(error).__name__}: {text}" if response is None
                      else f"the server answers {response.status_code}") from None
-    except OSError:
+    except OSError:  # of the disk
         raise
     except Exception:  # a page about an error, a body cut off, no length given
         raise _Unfit("what the server sends is no whole zip file") from None
+    if fault := _fault(new):
+        raise _Unfit(f"in what the server sends they {fault}")
     return new
 
 
@@ -287,6 +291,13 @@ def _load(folder: Path, device: Any, tta: bool) -> Any:
         raise _Unfit(f"{type(error).__name__}: {_short(error)}") from error
     predictor.allow_tqdm = False
     return predictor
+
+
+def _misfit(where: Path | str, error: _Unfit) -> ValueError:
+    """One line about weights that are whole and of no use."""
+    return ValueError(f"{NAME}: the weights in {where} do not load ({error}); they do not fit the "
+                      "installed packages: pip install -U HD-BET nnunetv2, or use "
+                      "--brain-extraction deepbet")
 
 
 def _blame(path: Path, error: Exception) -> Exception:

@@ -382,7 +382,7 @@ def impatient(monkeypatch):
 
 @pytest.mark.parametrize("answer, reason", [
     ("cut", "ChunkedEncodingError"), ("page", "no whole zip file"), ("hold", "timed out"),
-    ("503", "the server answers 503"), ("other", "are not there"), ("misfit", "do not fit"),
+    ("503", "the server answers 503"), ("other", r"they are not there\)"),
 ])
 def test_what_cannot_be_had_is_one_line_with_url_folder_and_the_way_out(
         models, folder, archive, monkeypatch, tmp_path, answer, reason):
@@ -392,14 +392,6 @@ def test_what_cannot_be_had_is_one_line_with_url_folder_and_the_way_out(
         with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
             other.writestr("readme.txt", "moved")
         archive.body = (tmp_path / "other.zip").read_bytes()
-    if answer == "misfit":
-        plans = json.loads((models.shifted / "plans.json").read_text())
-        architecture = plans["configurations"]["3d_fullres"]["architecture"]
-        architecture["arch_kwargs"]["features_per_stage"] = [3, 4]
-        misfit = tiny_hdbet.copied(models.shifted, tmp_path / "misfit")
-        (misfit / "plans.json").write_text(json.dumps(plans))
-        archive.body = tiny_hdbet.zipped(misfit, tmp_path / "misfit.zip").read_bytes()
-        reason = "RuntimeError: Error.* in loading state_dict"
     with pytest.raises(ValueError, match=reason) as caught:
         hdbet.make_extractor("cpu")
     text = str(caught.value)
@@ -407,6 +399,32 @@ def test_what_cannot_be_had_is_one_line_with_url_folder_and_the_way_out(
     assert "\n" not in text
     assert archive.requests == hdbet.TRIES
     assert [p.name for p in folder.iterdir()] == [".lock"], "nothing half is left"
+
+
+@pytest.fixture
+def misfit(models, tmp_path):
+    """Whole weights that the net of their plans cannot take."""
+    plans = json.loads((models.shifted / "plans.json").read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["arch_kwargs"]["features_per_stage"] = [3, 4]
+    place = tiny_hdbet.copied(models.shifted, tmp_path / "misfit")
+    (place / "plans.json").write_text(json.dumps(plans))
+    return place
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_weights_that_are_whole_and_do_not_load_are_said_as_such_and_fetched_once_at_most(
+        folder, archive, misfit, tmp_path, fetched):
+    if fetched:
+        archive.body = tiny_hdbet.zipped(misfit, tmp_path / "misfit.zip").read_bytes()
+    else:
+        tiny_hdbet.copied(misfit, folder)
+    place = archive.url if fetched else folder
+    with pytest.raises(ValueError, match=r"RuntimeError.*state_dict.*pip install -U HD-BET nnunet"
+                       ) as caught:
+        hdbet.make_extractor("cpu")
+    assert f"the weights in {place} do not load" in str(caught.value)
+    assert archive.requests == fetched and (folder / hdbet.CHECKPOINT).exists() != fetched
 
 
 def test_offline_says_where_to_put_which_file_by_hand(folder, offline):
