@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from data.volume import Grid, Volume, resample, to_sitk
+from data.volume import Grid, Volume, grid_of, resample, to_sitk
 
 BINS = 40
 MAX_MOVE_MM = 30.0
@@ -45,7 +45,41 @@ class Registration:
     note: str = ""
 
 
-def register_rigid(t1w: Volume, t2w: Volume, mask: np.ndarray, *, seed: int = 0) -> Registration:
+@dataclass(frozen=True)
+class Fixed:
+    """What a registration needs of T1w; its voxels may go before those of T2w come.
+
+    Attributes
+    ----------
+    grid : T1w's own
+    mask : (I, J, K) bool on `grid`, the brain
+    brain : (N,) float32, T1w's values where the mask is
+    middle_lps : of the brain, in mm
+    coarse, fine : T1w and the brain widened by a rim, on grids of 3 mm and of 1.5 mm
+    """
+
+    grid: Grid
+    mask: np.ndarray
+    brain: np.ndarray
+    middle_lps: list[float]
+    coarse: tuple[sitk.Image, sitk.Image]
+    fine: tuple[sitk.Image, sitk.Image]
+
+
+def make_fixed(t1w: Volume, mask: np.ndarray) -> Fixed:
+    """Take from T1w, a whole head or an extracted brain, what `register_rigid` needs of it.
+
+    Parameters
+    ----------
+    t1w : Volume
+    mask : (I, J, K) bool on T1w's grid, the brain
+    """
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    return Fixed(grid_of(t1w), mask, t1w.data[mask], _middle_lps(t1w.affine, mask),
+                 _fixed(t1w, mask, 3.0, 10.0), _fixed(t1w, mask, 1.5, 3.0))
+
+
+def register_rigid(t1w: Fixed, t2w: Volume, *, seed: int = 0) -> Registration:
     """Find the rigid transform that brings T2w onto T1w.
 
     Mattes mutual information (Mattes et al. 2003) in and around the brain, from the headers'
@@ -54,8 +88,8 @@ def register_rigid(t1w: Volume, t2w: Volume, mask: np.ndarray, *, seed: int = 0)
 
     Parameters
     ----------
-    t1w, t2w : whole heads or extracted brains
-    mask : (I, J, K) bool on T1w's grid, the brain
+    t1w : from `make_fixed`
+    t2w : a whole head or an extracted brain, as T1w was
     seed : of the voxels drawn for the metric
 
     Returns
@@ -64,15 +98,14 @@ def register_rigid(t1w: Volume, t2w: Volume, mask: np.ndarray, *, seed: int = 0)
         30 degrees, lowered the mutual information or failed
     """
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    middle = _middle_lps(t1w, mask)
     try:
-        matrix = _matrix(_search(t1w, t2w, mask, middle, seed))
+        matrix = _matrix(_search(t1w, t2w, seed))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][:120]
         return Registration(np.eye(4), "headers", note=f"search failed: {reason}")
-    before = mutual_information(t1w, t2w, mask, np.eye(4))
-    after = mutual_information(t1w, t2w, mask, matrix)
-    moved = _matrix_moves(matrix, middle)
+    before = mutual_information(t1w, t2w, np.eye(4))
+    after = mutual_information(t1w, t2w, matrix)
+    moved = _matrix_moves(matrix, t1w.middle_lps)
     if moved[0] > MAX_MOVE_MM or moved[1] > MAX_TURN_DEG:
         note = f"search moved {moved[0]:.0f} mm and {moved[1]:.0f} degrees; headers kept"
         return Registration(np.eye(4), "headers", 0.0, 0.0, before, before, note)
@@ -84,38 +117,44 @@ def register_rigid(t1w: Volume, t2w: Volume, mask: np.ndarray, *, seed: int = 0)
     return Registration(matrix, "rigid", *moved, before, after)
 
 
-def mutual_information(t1w: Volume, t2w: Volume, mask: np.ndarray, matrix: np.ndarray) -> float:
+def mutual_information(t1w: Fixed, t2w: Volume, matrix: np.ndarray) -> float:
     """Mutual information (nats, 32 x 32 bins) of T1w and the mapped T2w over the brain.
 
     Parameters
     ----------
-    mask : (I, J, K) bool on T1w's grid
     matrix : (4, 4) RAS mm on T1w to RAS mm on T2w
     """
-    i, j, k = t1w.data.shape
-    other = resample(t2w.data, t2w.affine, Grid((i, j, k), t1w.affine), matrix=matrix)
-    a, b = t1w.data[mask], other[mask]
+    a, b = t1w.brain, resample(t2w.data, t2w.affine, t1w.grid, matrix=matrix)[t1w.mask]
     edges = [np.quantile(v, [0.005, 0.995]) for v in (a, b)]
     if any(lo == hi for lo, hi in edges):
         return 0.0
     a, b = (np.clip(v, lo, hi) for v, (lo, hi) in zip((a, b), edges))
-    joint = np.histogram2d(a, b, bins=32)[0]
+    joint = _joint_histogram(a, b)
     joint /= joint.sum()
     apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     full = joint > 0
     return float((joint[full] * np.log(joint[full] / apart[full])).sum())
 
 
-def _search(t1w: Volume, t2w: Volume, mask: np.ndarray, middle: list[float],
-            seed: int) -> sitk.Euler3DTransform:
+def _joint_histogram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(32, 32) counts; in pieces, since NumPy takes 50 bytes a voxel on the way."""
+    ends = [np.array([v.min(), v.max()]) for v in (a, b)]
+    bins = list(np.histogram2d(ends[0], ends[1], bins=32)[1:])
+    step, joint = 1 << 20, np.zeros((32, 32))
+    for i in range(0, len(a), step):
+        joint += np.histogram2d(a[i:i + step], b[i:i + step], bins=bins)[0]
+    return joint
+
+
+def _search(t1w: Fixed, t2w: Volume, seed: int) -> sitk.Euler3DTransform:
     """Gradient descent on coarse grids from several starts, then Powell's method on the best.
 
     Near the optimum Powell's line searches end 0.02 mm apart from different starts on thick-slice
     scans, where gradient descent stops up to 2 mm short; gradient descent reaches further.
     """
-    fixed, rim = _fixed(t1w, mask, 3.0, 10.0)
+    fixed, rim = t1w.coarse
     moving = _coarse_image(t2w, 3.0)
-    starts = _starts(fixed, moving, middle)
+    starts = _starts(fixed, moving, t1w.middle_lps)
     coarse = list(starts)
     for start in starts:
         with contextlib.suppress(RuntimeError):  # this start has no overlap
@@ -123,7 +162,7 @@ def _search(t1w: Volume, t2w: Volume, mask: np.ndarray, middle: list[float],
     values = [_value(fixed, moving, rim, start) for start in coarse]
     if max(values) <= 0:
         raise RuntimeError("T1w and T2w do not overlap")
-    fixed, rim = _fixed(t1w, mask, 1.5, 3.0)
+    fixed, rim = t1w.fine
     return _powell(fixed, to_sitk(t2w.data, t2w.affine), rim,
                    coarse[int(np.argmax(values))], seed)
 
@@ -173,6 +212,10 @@ def _method(rim: sitk.Image, share: float, seed: int) -> sitk.ImageRegistrationM
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(share, seed + 1)  # a seed of 0 would mean the clock
     method.SetInterpolator(sitk.sitkLinear)
+    # Only values are asked for, unless `_descend` says otherwise. Left on, ITK makes an image of
+    # gradients first: three doubles a voxel of the fine T2w, and half of the time.
+    method.MetricUseFixedImageGradientFilterOff()
+    method.MetricUseMovingImageGradientFilterOff()
     return method
 
 
@@ -190,6 +233,8 @@ def _value(fixed: sitk.Image, moving: sitk.Image, rim: sitk.Image,
 def _descend(fixed: sitk.Image, moving: sitk.Image, rim: sitk.Image,
              start: sitk.Euler3DTransform, seed: int) -> sitk.Euler3DTransform:
     method = _method(rim, 0.5, seed)
+    method.MetricUseFixedImageGradientFilterOn()
+    method.MetricUseMovingImageGradientFilterOn()
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=2.0, minStep=1e-2, numberOfIterations=150, relaxationFactor=0.6,
         gradientMagnitudeTolerance=1e-8)
@@ -229,9 +274,11 @@ def _matrix(transform: sitk.Euler3DTransform) -> np.ndarray:
     return _LPS @ lps @ _LPS
 
 
-def _middle_lps(t1w: Volume, mask: np.ndarray) -> list[float]:
-    middle = np.array(ndimage.center_of_mass(mask))
-    world = t1w.affine[:3, :3] @ middle + t1w.affine[:3, 3]
+def _middle_lps(affine: np.ndarray, mask: np.ndarray) -> list[float]:
+    """The mask's centre of mass, from counts along each axis (SciPy's makes doubles of it all)."""
+    counts = [mask.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1))]
+    middle = np.array([float(n @ np.arange(len(n))) / float(n.sum()) for n in counts])
+    world = affine[:3, :3] @ middle + affine[:3, 3]
     return [float(-world[0]), float(-world[1]), float(world[2])]
 
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from data import brain
 from data.bids import Subject, brain_mask_path
-from data.registration import Registration, register_rigid
+from data.registration import Registration, make_fixed, register_rigid
 from data.store import Part, digest_rows
-from data.volume import (UPPER_PERCENTILE, Volume, crop_or_pad, field_of_view, grid_of, place,
-                         read_volume, resample, same_grid, slicing_grid, to_slices)
+from data.volume import (UPPER_PERCENTILE, Grid, Volume, crop_or_pad, field_of_view, grid_of, place,
+                         read_grid, read_volume, resample, same_grid, slicing_grid, to_slices)
 
 PIPELINE = 1  # raise when the same files would give other slices
 MIN_COVERAGE = 0.5  # of the brain must lie in T2w's field of view
@@ -100,12 +100,20 @@ def prepare(subject: Subject, method: str, settings: Settings,
     ValueError, FileNotFoundError : the subject cannot be used; says which file and why
     """
     t1w_hash, t2w_hash, key = recipe(subject, method, settings)
-    t1w, t2w = read_volume(subject.t1w), read_volume(subject.t2w)
+    # One scan at a time: a pair at 0.5 mm, copied as it is worked on, would take gigabytes.
+    t1w, t2w_grid = read_volume(subject.t1w), read_grid(subject.t2w)
     found = (brain.given_mask(brain_mask_path(subject), t1w) if extractor is None
              else extractor(t1w))
     mask, brain_ml = brain.judge_mask(found, t1w, limits_ml=settings.brain_ml)
-    placed = _align(t1w, t2w, mask, extracted=method == "none", seed=settings.seed)
-    figures, (x, y, frame) = _cut(t1w, t2w, mask, placed, settings)
+    # somebody has registered already what is extracted and on one grid
+    aligned = method == "none" and same_grid(grid_of(t1w), t2w_grid)
+    fixed = None if aligned else make_fixed(t1w, mask)
+    laid = _lay(t1w, mask, settings)
+    del t1w, found, mask
+    t2w = read_volume(subject.t2w)
+    placed = (register_rigid(fixed, t2w, seed=settings.seed) if fixed
+              else Registration(np.eye(4), "same-grid"))
+    figures, (x, y, frame) = _cut(laid, t2w, placed, settings)
     row = {
         "id": subject.id, "dataset": subject.dataset, "subject": subject.subject,
         "session": subject.session, "n_slices": str(len(x)), "brain_ml": f"{brain_ml:.1f}",
@@ -120,20 +128,26 @@ def prepare(subject: Subject, method: str, settings: Settings,
     return Part(x, y, frame, row)
 
 
-def _align(t1w: Volume, t2w: Volume, mask: np.ndarray, *, extracted: bool,
-           seed: int) -> Registration:
-    """Register, unless somebody already has: one grid and extracted together."""
-    if extracted and same_grid(grid_of(t1w), grid_of(t2w)):
-        return Registration(np.eye(4), "same-grid")
-    return register_rigid(t1w, t2w, mask, seed=seed)
+@dataclass(frozen=True)
+class _Laid:
+    """T1w and its brain on the slicing grid."""
+
+    path: Path
+    grid: Grid
+    data: np.ndarray
+    mask: np.ndarray
 
 
-def _cut(t1w: Volume, t2w: Volume, mask: np.ndarray, placed: Registration,
-         settings: Settings) -> tuple[dict[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Both volumes on T1w's slicing grid, scaled, framed and cut; figures for the table beside."""
+def _lay(t1w: Volume, mask: np.ndarray, settings: Settings) -> _Laid:
     grid = slicing_grid(t1w, settings.spacing_mm)
-    brain_mask = resample(mask, t1w.affine, grid, nearest=True)
-    x_data = resample(t1w.data, t1w.affine, grid)
+    return _Laid(t1w.path, grid, resample(t1w.data, t1w.affine, grid),
+                 resample(mask, t1w.affine, grid, nearest=True))
+
+
+def _cut(t1w: _Laid, t2w: Volume, placed: Registration, settings: Settings,
+         ) -> tuple[dict[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Both volumes on T1w's slicing grid, scaled, framed and cut; figures for the table beside."""
+    grid, x_data, brain_mask = t1w.grid, t1w.data, t1w.mask
     y_data = resample(t2w.data, t2w.affine, grid, matrix=placed.matrix)
     # a scan that was cut short and then padded has slices of zeros in its field of view
     x_filled, y_filled = np.any(x_data, axis=(0, 1)), np.any(y_data, axis=(0, 1))
@@ -149,8 +163,8 @@ def _cut(t1w: Volume, t2w: Volume, mask: np.ndarray, placed: Registration,
     keep = slices_kept(frame, settings.min_brain_area)
     blank = [np.all(kept == kept[:, :1, :1], axis=(1, 2)) for kept in (x[keep], y[keep])]
     if (blank[0] | blank[1]).any():
-        guilty = t1w if blank[0].any() and not x_filled[keep].all() else t2w
-        raise ValueError(f"{guilty.path}: {int((blank[0] | blank[1]).sum())} of {len(blank[0])} "
+        guilty = t1w.path if blank[0].any() and not x_filled[keep].all() else t2w.path
+        raise ValueError(f"{guilty}: {int((blank[0] | blank[1]).sum())} of {len(blank[0])} "
                          "slices inside the brain are blank; leave the pair out")
     figures = {
         "t2w_coverage": f"{coverage:.4f}", "cut_share": f"{x_place.cut_share:.4f}",

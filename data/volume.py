@@ -10,6 +10,8 @@ superior (RAS); world coordinates are RAS mm; intensities are in [-1, 1] with ba
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -19,17 +21,22 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.fileholders import FileHolder
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from scipy import ndimage
 
 BACKGROUND = -1.0
 MIN_SLICES = 8  # fewer along an axis is a localiser or a strip, not a head
+MAX_VOXELS = 2 ** 29  # a whole head at 0.25 mm, the finest there is; more is a broken header
+MAX_SPARE = 2 ** 26  # bytes before the voxels (header extensions), or after them
+_MAX_DEFLATE = 1032  # zlib packs no tighter
 UPPER_PERCENTILE = 99.5
 # A few voxels below zero are leftovers of somebody's interpolation; more means that zero is no
 # longer "no signal" (a z-scored volume, say).
 NEGATIVE_SHARE = 0.02
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_BROKEN = (EOFError, OSError, MemoryError, zlib.error)  # what reading a damaged file raises
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -87,50 +94,112 @@ def read_volume(path: str | os.PathLike) -> Volume:
         NaN or infinite voxels, or one value throughout; the message names file and cure
     """
     path = Path(path)
-    return volume_from_image(_decode(path, _read_bytes(path)), path)
+    with _open(path) as stream:
+        image = _decode(path, stream)
+        _check_geometry(path, image)
+        _check_claim(path, image)
+        data = _voxels(path, image)
+        _check_rest(path, stream)
+    return _volume(path, image, data)
+
+
+def read_grid(path: str | os.PathLike) -> Grid:
+    """Read the grid of a NIfTI file, as `read_volume` would lay it, from its header alone.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : as `read_volume`, where the header already shows it
+    """
+    path = Path(path)
+    with _open(path) as stream:
+        image = _decode(path, stream)
+        _check_geometry(path, image)
+    axes = np.argsort(io_orientation(image.affine)[:, 0])
+    i, j, k = (int(image.shape[axis]) for axis in axes)
+    return Grid((i, j, k), _ras_affine(image))
 
 
 def volume_from_image(image: Any, path: str | os.PathLike = "the image") -> Volume:
     """Check a nibabel image and bring it into RAS order; see `read_volume`."""
     path = Path(path)
     _check_geometry(path, image)
-    data = _voxels(path, image)
+    return _volume(path, image, _voxels(path, image))
+
+
+def _volume(path: Path, image: Any, data: np.ndarray) -> Volume:
+    """Check the voxels and bring them into RAS order."""
+    bad = data.size - int(np.isfinite(data).sum())
+    if bad:
+        raise ValueError(f"{path}: {bad} voxels are NaN or infinite; mend or leave out the file")
+    if data.min() == data.max():
+        raise ValueError(f"{path}: every voxel is {data.min():g}; an empty volume, leave it out")
     orientation = io_orientation(image.affine)
     data = np.ascontiguousarray(apply_orientation(data, orientation))
-    affine = image.affine @ nib.orientations.inv_ornt_aff(orientation, image.shape[:3])
-    return Volume(data, affine, path, orientation, image.header.copy(), np.array(image.affine))
+    return Volume(data, _ras_affine(image), path, orientation, image.header.copy(),
+                  np.array(image.affine))
 
 
-def _read_bytes(path: Path) -> bytes:
+def _ras_affine(image: Any) -> np.ndarray:
+    orientation = io_orientation(image.affine)
+    return image.affine @ nib.orientations.inv_ornt_aff(orientation, image.shape[:3])
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    """The file's content, decompressed as it is read: a file is never believed to be small."""
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path}: a link to nothing; with DataLad run 'datalad get' on it")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the name")
-    raw = path.read_bytes()
-    if raw[:2] != b"\x1f\x8b":
-        return raw
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.GzipFile(path) if packed else open(path, "rb")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: damaged or cut off ({error}); fetch or convert the file again")
+
+
+def _decode(path: Path, stream: io.BufferedIOBase) -> Any:
+    """A NIfTI-1 or NIfTI-2 image of a file's decompressed bytes; its voxels are yet to be read."""
     try:
-        return gzip.decompress(raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"{path}: damaged or cut off ({error}); fetch or convert the file again"
-        ) from None
-
-
-def _decode(path: Path, content: bytes) -> Any:
-    """A NIfTI-1 or NIfTI-2 image from a file's decompressed bytes."""
-    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
+        start = stream.read(540)
+    except _BROKEN as error:
+        raise _damaged(path, error) from None
+    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     kind = nib.Nifti1Image if 348 in sizes else nib.Nifti2Image if 540 in sizes else None
     if kind is None:
-        start = "".join(c for c in content[:24].decode("ascii", "ignore") if c.isprintable())
-        what = f"it starts with '{start}'" if content else "an empty file"
+        text = "".join(c for c in start[:24].decode("ascii", "ignore") if c.isprintable())
+        what = f"it starts with '{text}'" if start else "an empty file"
         raise ValueError(f"{path}: not a NIfTI file ({what}); fetch or convert the file again")
     try:
-        return kind.from_bytes(content)
+        header = kind.header_class(start[:max(sizes & {348, 540})], check=False)
+        if not 0 <= header["vox_offset"] <= MAX_SPARE:
+            raise ValueError(f"voxels would start at byte {header['vox_offset']:.0f}")
+        return kind.from_file_map({"image": FileHolder(fileobj=stream)}, mmap=False)
     except Exception as error:  # nibabel raises a dozen kinds for broken headers
         raise ValueError(
             f"{path}: NIfTI header cannot be read ({error}); fetch or convert the file again"
         ) from None
+
+
+def _check_claim(path: Path, image: Any) -> None:
+    """Refuse few bytes that claim gigabytes: nibabel takes the memory before it misses them."""
+    size, claimed = path.stat().st_size, math.prod(image.shape) * image.get_data_dtype().itemsize
+    if claimed > size * _MAX_DEFLATE:
+        raise _damaged(path, EOFError(f"{size:,} bytes for {claimed:,} bytes of voxels"))
+
+
+def _check_rest(path: Path, stream: io.BufferedIOBase) -> None:
+    """Read a compressed file to its end, where its CRC is; keep nothing of it."""
+    spare = 0
+    try:
+        while isinstance(stream, gzip.GzipFile) and (block := stream.read(1 << 20)):
+            spare += len(block)
+            if spare > MAX_SPARE:
+                raise ValueError(f"{path}: goes on for more than {MAX_SPARE >> 20} MiB after the "
+                                 "voxels that its header tells of; fetch or convert the file again")
+    except _BROKEN as error:
+        raise _damaged(path, error) from None
 
 
 def _check_geometry(path: Path, image: Any) -> None:
@@ -145,6 +214,9 @@ def _check_geometry(path: Path, image: Any) -> None:
             f"{path}: shape {shape} is no 3-D volume with at least {MIN_SLICES} slices each way; "
             "leave this file out"
         )
+    if math.prod(shape) > MAX_VOXELS:
+        raise ValueError(f"{path}: shape {shape} has {math.prod(shape):,} voxels, at most "
+                         f"{MAX_VOXELS:,} are read; mend its header, or resample the scan")
     affine = image.affine
     if affine is None or not np.isfinite(affine).all():
         raise ValueError(f"{path}: affine has no finite values; repair qform and sform")
@@ -157,24 +229,16 @@ def _check_geometry(path: Path, image: Any) -> None:
 
 
 def _voxels(path: Path, image: Any) -> np.ndarray:
-    """(I, J, K) float32 in the file's own axis order, finite and not constant."""
+    """(I, J, K) float32 in the file's own axis order."""
     dtype = image.get_data_dtype()
     if dtype.kind not in "iufb":
         raise ValueError(f"{path}: voxel type {dtype} is not a plain number; convert the file")
     try:
-        with np.errstate(over="ignore"):  # what float32 cannot hold is said below
+        with np.errstate(over="ignore"):  # what float32 cannot hold is said by _volume
             data = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise ValueError(
-            f"{path}: damaged or cut off ({error}); fetch or convert the file again"
-        ) from None
-    data = data.reshape(data.shape[:3])
-    bad = data.size - int(np.isfinite(data).sum())
-    if bad:
-        raise ValueError(f"{path}: {bad} voxels are NaN or infinite; mend or leave out the file")
-    if data.min() == data.max():
-        raise ValueError(f"{path}: every voxel is {data.min():g}; an empty volume, leave it out")
-    return data
+    except (*_BROKEN, ValueError) as error:
+        raise _damaged(path, error) from None
+    return data.reshape(data.shape[:3])
 
 
 def write_like(volume: Volume, data: np.ndarray, path: str | os.PathLike) -> None:
@@ -319,27 +383,33 @@ def resample(data: np.ndarray, affine: np.ndarray, grid: Grid, *,
     matrix = np.eye(4) if matrix is None else matrix
     if np.array_equal(matrix, np.eye(4)) and same_grid(Grid(data.shape, affine), grid, 1e-6):
         return data.astype(bool if data.dtype == bool else np.float32)
-    if nearest:
-        source = to_sitk(data.astype(np.uint8) if data.dtype == bool else data, affine)
-        how = sitk.sitkNearestNeighbor
-    else:
-        source = to_sitk(_antialias(data.astype(np.float32), affine, matrix @ grid.affine), affine)
-        how = sitk.sitkLinear
+    how = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
+    source = _source(data, affine, None if nearest else matrix @ grid.affine)
     target = to_sitk(np.zeros((1, 1, 1), np.uint8), grid.affine)
     out = sitk.Resample(source, list(grid.shape), sitk_affine(matrix), how, target.GetOrigin(),
                         target.GetSpacing(), target.GetDirection(), 0.0)
-    array = sitk.GetArrayFromImage(out).transpose(2, 1, 0)
-    return np.ascontiguousarray(array, dtype=bool if data.dtype == bool else np.float32)
+    del source  # a fine scan has hundreds of megabytes, and each copy counts
+    array = sitk.GetArrayViewFromImage(out).transpose(2, 1, 0)
+    return np.array(array, dtype=bool if data.dtype == bool else np.float32, order="C")
 
 
-def _antialias(data: np.ndarray, affine: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Blur along each axis on which the target's voxels are larger than the source's."""
+def _source(data: np.ndarray, affine: np.ndarray, target: np.ndarray | None) -> sitk.Image:
+    """A SimpleITK image of `data`, blurred for a grid of affine `target` unless that is None."""
+    if target is None:
+        return to_sitk(data.view(np.uint8) if data.dtype == bool else data, affine)
+    turned = np.array(data.transpose(2, 1, 0), dtype=np.float32, order="C")  # ours to write into
+    _antialias(turned.transpose(2, 1, 0), affine, target)
+    return to_sitk(turned.transpose(2, 1, 0), affine)
+
+
+def _antialias(data: np.ndarray, affine: np.ndarray, target: np.ndarray) -> None:
+    """Blur in place along each axis on which the target's voxels are larger than the source's."""
     steps = np.linalg.norm(np.linalg.inv(affine)[:3, :3] @ target[:3, :3], axis=1)  # source voxels
     for axis, step in enumerate(steps):
         sigma = np.sqrt(max(step ** 2 - 1, 0)) / 2.355
         if sigma > 0.2:
-            data = ndimage.gaussian_filter1d(data, sigma, axis=axis, mode="nearest", truncate=3)
-    return data
+            ndimage.gaussian_filter1d(data, sigma, axis=axis, output=data, mode="nearest",
+                                      truncate=3)
 
 
 def field_of_view(shape: tuple[int, ...], affine: np.ndarray, grid: Grid,

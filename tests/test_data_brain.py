@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import lay_affine, paint
 from nibabel.affines import apply_affine
+from scipy import ndimage
 
 from data import brain
 from data.volume import read_volume, volume_from_image
@@ -31,6 +32,24 @@ def test_the_brain_of_an_extracted_volume_is_where_it_is_not_zero_with_holes_fil
     assert (data > 0).sum() < full.sum()
     np.testing.assert_array_equal(brain.nonzero_mask(scan(data)), full)
     np.testing.assert_array_equal(brain.signal_mask(scan(data)), data > 0)
+
+
+def test_holes_and_pieces_are_those_of_the_whole_volume():
+    """Both are looked for in the box of the mask only, whose sides are where that could err."""
+    draws = np.random.default_rng(0)
+    for share in (0.4, 0.6, 0.8):
+        for shape in ((12, 14, 10), (9, 9, 9)):
+            data = np.zeros(shape)
+            data[2:-3, 3:-1, 1:8] = draws.random(shape)[2:-3, 3:-1, 1:8] < share
+            volume = scan(data)
+            whole = ndimage.binary_fill_holes(data > 0)
+            np.testing.assert_array_equal(brain.nonzero_mask(volume), whole)
+            pieces = ndimage.label(data)[0]
+            largest = 1 + int(np.bincount(pieces.ravel())[1:].argmax())
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(brain, "MAX_STRAY_SHARE", 1)
+                kept = brain.judge_mask(data > 0, volume, limits_ml=(0, 2000))[0]
+            np.testing.assert_array_equal(kept, pieces == largest)
 
 
 def test_few_negative_values_around_a_brain_are_background():
@@ -130,6 +149,19 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'bet' is unknown; choose one of hd-bet, deepbet, mask"):
         brain.make_extractor("bet")
     assert brain.make_extractor("none") is brain.nonzero_mask
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_deepbets_mask_is_the_one_of_its_own_command():
+    bet = pytest.importorskip("deepbet.bet")
+    shape = (70, 84, 66)
+    affine = lay_affine(shape, (2.6, 2.6, 2.8))
+    head = paint(shape, affine, extracted=False)
+    head += np.abs(np.random.default_rng(0).normal(0, 15, shape)).astype(np.float32)
+    mask = brain.make_extractor("deepbet")(scan(head, affine))
+    own = bet.BrainExtraction(no_gpu=True).run(nib.Nifti1Image(head, affine))[1]
+    assert mask.dtype == bool and 0.05 < mask.mean() < 0.5
+    np.testing.assert_array_equal(mask, np.asarray(own.dataobj) > 0)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real scans of ../shared/data")

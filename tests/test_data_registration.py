@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from conftest import lay_affine, paint, rigid
 from nibabel.affines import apply_affine
+from scipy import ndimage
 
-from data.registration import mutual_information, register_rigid
+from data.registration import (_joint_histogram, _middle_lps, make_fixed, mutual_information,
+                               register_rigid)
 from data.volume import volume_from_image
 
 SHAPE, SPACING = (38, 48, 29), (4, 4, 5)
@@ -42,7 +44,7 @@ def test_six_millimetres_and_four_degrees_are_found_within_half_a_millimetre(ext
         shift_mm=np.negative(place))
     t1w, t2w, mask = pair(moved, shape=shape, spacing=(2, 2, 4), extracted=extracted,
                           turn_deg=(5, 0, 3), place=place)
-    found = register_rigid(t1w, t2w, mask)
+    found = register_rigid(make_fixed(t1w, mask), t2w)
     assert found.method == "rigid" and found.note == ""
     distance = distances_mm(t1w, mask, found.matrix, moved)
     assert distance.mean() < 0.5 and distance.max() < 0.8
@@ -56,14 +58,15 @@ def test_six_millimetres_and_four_degrees_are_found_within_half_a_millimetre(ext
 
 def test_the_same_scans_give_the_same_bits_and_the_seed_is_used():
     t1w, t2w, mask = pair(rigid((0, 0, 5), (5, 0, 0)))
-    found = [register_rigid(t1w, t2w, mask, seed=seed).matrix.tobytes() for seed in (0, 0, 1)]
+    fixed = make_fixed(t1w, mask)
+    found = [register_rigid(fixed, t2w, seed=seed).matrix.tobytes() for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
 
 
 def test_scans_whose_headers_lie_apart_are_still_brought_together():
     moved = rigid((0, 0, 0), (0, 25, 0))
     t1w, t2w, mask = pair(moved)
-    found = register_rigid(t1w, t2w, mask)
+    found = register_rigid(make_fixed(t1w, mask), t2w)
     assert found.method == "rigid" and found.translation_mm == pytest.approx(25, abs=1)
     assert distances_mm(t1w, mask, found.matrix, moved).max() < 1.5
 
@@ -73,7 +76,7 @@ def test_a_slab_is_enough_to_register_on():
     t1w, _, mask = pair(moved)
     slab = lay_affine((60, 70, 14), (3, 3, 5), "LAS", middle=(0, 0, 10))
     t2w = scan((60, 70, 14), slab, "T2w", matrix=moved)
-    found = register_rigid(t1w, t2w, mask)
+    found = register_rigid(make_fixed(t1w, mask), t2w)
     assert found.method == "rigid"
     assert distances_mm(t1w, mask, found.matrix, moved).mean() < 1
 
@@ -83,7 +86,7 @@ def test_a_slab_is_enough_to_register_on():
 def test_a_movement_beyond_belief_keeps_the_headers_alignment_and_says_so(matrix):
     shape = (50, 60, 34)
     t1w, t2w, mask = pair(matrix, shape=shape)
-    found = register_rigid(t1w, t2w, mask)
+    found = register_rigid(make_fixed(t1w, mask), t2w)
     assert found.method == "headers"
     np.testing.assert_array_equal(found.matrix, np.eye(4))
     assert "headers kept" in found.note and "search moved" in found.note
@@ -96,7 +99,8 @@ def test_a_search_that_lowers_the_mutual_information_keeps_the_headers_alignment
     affine = lay_affine((46, 56, 36), (4, 4, 5))
     t1w = scan((46, 56, 36), affine, "T1w", extracted=False)
     t2w = volume_from_image(nib.Nifti1Image(1000 - t1w.data, affine), "T2w.nii")
-    found = register_rigid(t1w, t2w, paint(t1w.data.shape, affine) > 0)
+    mask = paint(t1w.data.shape, affine) > 0
+    found = register_rigid(make_fixed(t1w, mask), t2w)
     assert found.method == "headers" and found.mi_after == found.mi_before
     assert found.note == ""  # the search ended within a millimetre: nothing to look into
     np.testing.assert_array_equal(found.matrix, np.eye(4))
@@ -113,13 +117,31 @@ def test_mutual_information_is_in_nats_and_follows_the_matrix():
     def volume(data):
         return volume_from_image(nib.Nifti1Image(data, affine))
 
+    def information(a, b, matrix):
+        return mutual_information(make_fixed(volume(a), mask), volume(b), matrix)
+
     eye = np.eye(4)
-    assert mutual_information(volume(halves), volume(5 - halves), mask, eye) == \
+    assert information(halves, 5 - halves, eye) == \
         pytest.approx(np.log(2))
-    assert mutual_information(volume(quarters), volume(quarters), mask, eye) == \
+    assert information(quarters, quarters, eye) == \
         pytest.approx(np.log(4))
     across = np.ascontiguousarray(halves.transpose(1, 0, 2))
-    assert mutual_information(volume(halves), volume(across), mask, eye) == pytest.approx(0)
+    assert information(halves, across, eye) == pytest.approx(0)
     quarter_turn = rigid((0, 0, 90))  # takes +x to +y
-    assert mutual_information(volume(halves), volume(across), mask, quarter_turn) == \
+    assert information(halves, across, quarter_turn) == \
         pytest.approx(np.log(2))
+
+
+def test_counting_in_pieces_gives_numpys_histogram_of_the_whole():
+    draws = np.random.default_rng(0)
+    a = draws.integers(0, 320, (1 << 21) + 5).astype(np.float32)  # many on the bins' edges
+    b = (a + draws.normal(0, 40, a.size)).astype(np.float32)
+    np.testing.assert_array_equal(_joint_histogram(a, b), np.histogram2d(a, b, bins=32)[0])
+
+
+def test_the_centre_of_a_mask_is_its_centre_of_mass_to_the_bit():
+    mask = paint(SHAPE, lay_affine(SHAPE, SPACING), person=3) > 0
+    affine = lay_affine(SHAPE, SPACING, turn_deg=(3, 4, 5), middle=(1, 2, 3))
+    middle = np.array(ndimage.center_of_mass(mask))
+    world = affine[:3, :3] @ middle + affine[:3, 3]
+    assert _middle_lps(affine, mask) == [-world[0], -world[1], world[2]]

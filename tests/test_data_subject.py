@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from data import brain, volume
 from data.bids import find_subjects
-from data.registration import register_rigid
+from data.registration import make_fixed, register_rigid
 from data.store import digest_rows
 from data.subject import Settings, prepare, recipe, slices_kept
 
@@ -90,7 +90,7 @@ def test_a_moved_t2w_is_registered_and_interpolated_once_from_its_own_grid(tmp_p
     assert float(part.row["mi_after"]) > float(part.row["mi_before"]) + 0.2
     t1w, t2w = (volume.read_volume(tmp_path / "t/sub-01/anat" / f"sub-01_{s}.nii.gz")
                 for s in ("T1w", "T2w"))
-    matrix = register_rigid(t1w, t2w, t1w.data > 0).matrix
+    matrix = register_rigid(make_fixed(t1w, t1w.data > 0), t2w).matrix
     points = np.indices(t1w.data.shape).reshape(3, -1).T
     index = apply_affine(np.linalg.inv(t2w.affine) @ matrix @ t1w.affine, points).T
     steps = np.linalg.norm((np.linalg.inv(t2w.affine) @ matrix @ t1w.affine)[:3, :3], axis=1)

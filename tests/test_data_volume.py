@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -172,7 +173,9 @@ DAMAGED = {
     "nothing": (b"", "an empty file"),
     "an Analyze header": (raw_with(344, bytes(4)), "header cannot be read"),
     "an unknown voxel type": (raw_with(70, b"\x99\x99"), "header cannot be read"),
-    "more voxels than memory": (raw_with(42, b"\xff\x7f" * 3), "damaged or cut off"),
+    "more voxels than memory": (raw_with(42, b"\xff\x7f" * 3),
+                                "35,181,150,961,663 voxels, at most 536,870,912 are read; mend"),
+    "voxels far away": (raw_with(108, struct.pack("<f", 2e9)), "start at byte 2000000000"),
     "an affine of zeros": (raw_with(280, bytes(48)), "no usable voxel size"),
     "an affine with NaN": (raw_with(280, struct.pack("<f", np.nan)), "no finite values"),
     "broken quaternions": (raw_with(256, struct.pack("<3f", 3, 3, 3), with_forms(0, 1)), "header"),
@@ -196,6 +199,54 @@ def test_a_file_that_is_no_sound_volume_is_refused_with_its_name_and_the_reason(
     with pytest.raises(ValueError, match=message) as caught:
         vol.read_volume(path)
     assert str(path) in str(caught.value)
+
+
+BOMBS = {
+    "a header alone": (raw_with(42, struct.pack("<3h", 800, 800, 800)), "damaged or cut off"),
+    "a packed header": (gzip.compress(raw_with(42, struct.pack("<3h", 800, 800, 800))),
+                        "bytes for 1,024,000,000 bytes of voxels"),
+    "packed zeros without end": (PACKED + gzip.compress(bytes(100 << 20), 1),
+                                 "goes on for more than 64 MiB after the voxels"),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_small_file_that_claims_gigabytes_is_refused_without_taking_them(what, tmp_path):
+    content, message = BOMBS[what]
+    (tmp_path / "bomb.nii.gz").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        vol.read_volume(tmp_path / "bomb.nii.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_grid_of_a_file_can_be_had_from_its_header_alone(kind, tmp_path):
+    KINDS[kind]().to_filename(tmp_path / "in.nii.gz")
+    grid, whole = vol.read_grid(tmp_path / "in.nii.gz"), vol.read_volume(tmp_path / "in.nii.gz")
+    assert grid.shape == whole.data.shape
+    assert grid.affine.tobytes() == whole.affine.tobytes()
+    content = gzip.decompress((tmp_path / "in.nii.gz").read_bytes())
+    (tmp_path / "cut.nii").write_bytes(content[:700])
+    assert vol.read_grid(tmp_path / "cut.nii").shape == grid.shape
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        vol.read_grid(tmp_path / "none.nii")
+
+
+def test_a_file_is_not_held_twice_while_it_is_read(tmp_path):
+    """The bytes, the file's own order and RAS order: at most two of the three at a time."""
+    data = np.random.default_rng(0).integers(0, 99, (120, 110, 100)).astype(np.float32)
+    nib.Nifti1Image(data, lay_affine(data.shape, 2, "LPS")).to_filename(tmp_path / "in.nii")
+    for path in (tmp_path / "in.nii", tmp_path / "in.nii.gz"):
+        path.write_bytes((tmp_path / "in.nii").read_bytes() if path.suffix == ".nii"
+                         else gzip.compress((tmp_path / "in.nii").read_bytes(), 1))
+        tracemalloc.start()
+        vol.read_volume(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2.3 * data.nbytes
 
 
 def test_a_missing_file_and_a_link_to_nothing_are_told_apart(tmp_path):
@@ -300,6 +351,16 @@ def test_a_coarser_grid_is_blurred_first_and_only_along_its_coarse_axes():
     index = apply_affine(np.linalg.inv(affine) @ rigid((90, 0, 0)) @ target.affine, points).T
     expected = ndimage.map_coordinates(blurred, index, order=1, mode="nearest")
     np.testing.assert_allclose(got.ravel(), expected, atol=1e-2)
+
+
+def test_resampling_leaves_its_source_as_it_was():
+    """The blur works in place, on a copy."""
+    data = np.random.default_rng(4).normal(100, 20, (15, 20, 15)).astype(np.float32)
+    coarse = Grid((5, 6, 5), lay_affine((5, 6, 5), 3))
+    for source in (data, np.asfortranarray(data), data[::-1, ::-1]):
+        before = source.copy()
+        vol.resample(source, lay_affine(data.shape, 1), coarse)
+        np.testing.assert_array_equal(source, before)
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LAS"])
