@@ -35,6 +35,7 @@ from tqdm import tqdm
 import console
 from data import bids, brain, shards, store
 from data.bids import Subject
+from data.hdbet import ensure_weights
 from data.ledger import Ledger
 from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
@@ -336,9 +337,11 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
     for line in source.promise():
         log.info("%s", line)
     with Workers(min(args.workers, total)) as workers, Progress(total) as progress:
-        def load() -> None:
-            if method != "mask":
-                _extractor(method, device)  # what is missing is said now, not by each worker
+        def load() -> None:  # what is missing is said now, not by each worker
+            if method.startswith("hd-bet") and workers.count > 1:
+                ensure_weights()
+            elif method != "mask":
+                _extractor(method, device)
 
         def begin() -> None:
             workers.wait()  # so that two datasets are never on disk at once

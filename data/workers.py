@@ -37,7 +37,7 @@ class Workers:
     """
 
     def __init__(self, count: int):
-        self._count = count
+        self.count = count
         self._pool: ProcessPoolExecutor | None = None
         self._room = threading.Semaphore(count + 1)  # one waits, so that no process ever does
         self._error: BaseException | None = None
@@ -62,13 +62,13 @@ class Workers:
 
         `done` is called in whichever thread, one call at a time.
         """
-        if self._count <= 1:
+        if self.count <= 1:
             done(function(item))
             return
         self._acquire()
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                self._count, multiprocessing.get_context("spawn"), end_with_parent)
+                self.count, multiprocessing.get_context("spawn"), end_with_parent)
         try:
             future = self._pool.submit(function, item)
         except BrokenProcessPool as error:
@@ -79,9 +79,9 @@ class Workers:
         """Wait until all that was submitted is done."""
         if self._pool is None:
             return
-        for _ in range(self._count + 1):
+        for _ in range(self.count + 1):
             self._acquire()
-        for _ in range(self._count + 1):
+        for _ in range(self.count + 1):
             self._room.release()
 
     def _acquire(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny_hdbet
 from commands import run_command
 from conftest import content, lay_affine, rigid, write_pair
 
@@ -352,6 +353,31 @@ def test_check_prints_each_fault_with_subject_and_rows_and_ends_with_two(small_s
                for line in result.err.splitlines())
     nothing = run_command(preprocess.main, "--check", "--out", tmp_path / "none")
     assert nothing.code == 2 and "no slice store there" in nothing.complaint
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hd_bet_finds_the_brains_of_a_tree(workers, small_tree, tmp_path):
+    """Its own code on a tiny nnU-Net in its own folder; offline, so nothing can be fetched."""
+    tiny_hdbet.build(tmp_path / "hd-bet_params" / "release_2.0.0", spacing_mm=(5.0, 4.0, 4.0))
+    done = subprocess.run(
+        [sys.executable, "preprocess.py", "--bids", small_tree, "--limit", "2", "--out",
+         tmp_path / "out", *SMALL, "--brain-ml", "200", "3000", "--workers", str(workers),
+         "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    rows = SliceStore(tmp_path / "out").subjects
+    assert [row["brain_extraction"] for row in rows] == ["hd-bet"] * 2
+    assert run_command(preprocess.main, "--check", "--out", tmp_path / "out").code == 0
+
+
+def test_hd_bet_without_weights_is_refused_before_any_work(small_tree, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "preprocess.py", "--bids", small_tree, "--out", tmp_path / "out", *SMALL],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "--brain-extraction deepbet" in done.stderr and "hd-bet_params" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_prints_slices_a_session_by_dataset(small_tree, tmp_path):
