@@ -97,7 +97,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
     with _open(path) as stream:
         image = _decode(path, stream)
         _check_geometry(path, image)
-        _check_claim(path, image)
+        _check_claim(path, image, isinstance(stream, gzip.GzipFile))
         data = _voxels(path, image)
         _check_rest(path, stream)
     return _volume(path, image, data)
@@ -182,10 +182,10 @@ def _decode(path: Path, stream: io.BufferedIOBase) -> Any:
         ) from None
 
 
-def _check_claim(path: Path, image: Any) -> None:
+def _check_claim(path: Path, image: Any, packed: bool) -> None:
     """Refuse few bytes that claim gigabytes: nibabel takes the memory before it misses them."""
     size, claimed = path.stat().st_size, math.prod(image.shape) * image.get_data_dtype().itemsize
-    if claimed > size * _MAX_DEFLATE:
+    if claimed > size * (_MAX_DEFLATE if packed else 1):
         raise _damaged(path, EOFError(f"{size:,} bytes for {claimed:,} bytes of voxels"))
 
 

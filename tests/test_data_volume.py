@@ -203,6 +203,8 @@ def test_a_file_that_is_no_sound_volume_is_refused_with_its_name_and_the_reason(
 
 BOMBS = {
     "a header alone": (raw_with(42, struct.pack("<3h", 800, 800, 800)), "damaged or cut off"),
+    "a megabyte": (raw_with(42, struct.pack("<3h", 500, 500, 500)) + bytes(1 << 20),
+                   "bytes for 250,000,000 bytes of voxels"),
     "a packed header": (gzip.compress(raw_with(42, struct.pack("<3h", 800, 800, 800))),
                         "bytes for 1,024,000,000 bytes of voxels"),
     "packed zeros without end": (PACKED + gzip.compress(bytes(100 << 20), 1),
