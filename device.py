@@ -7,6 +7,7 @@ import io
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,6 +75,18 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
     """Mixed precision for the nets' forward passes; nothing for float32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has used, of the GPU if it has one; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 # ----------------------------------------------------------------------------------- processes

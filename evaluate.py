@@ -33,7 +33,7 @@ import console
 from data.slices import paired_slices, paired_subjects, to_tensor
 from data.store import SPLITS, SliceStore, write_atomically
 from device import PRECISIONS, autocast, choose_device, choose_precision
-from losses.quality import mae, measure
+from losses.quality import correlation, mae, measure
 from models import checkpoint
 from report import figures, page
 
@@ -169,7 +169,7 @@ def measure_subject(store: SliceStore, subject: dict[str, Any], translate: dict[
             source, target = (source + 1) / 2, (target + 1) / 2
             for method, image in (("model", fake), ("floor", source)):
                 measures = measure(image, target, mask)
-                measures["brain"].update(correlation=_correlation(image, target, mask),
+                measures["brain"].update(correlation=correlation(image, target, mask),
                                          from_input=mae(image, source, mask))
                 for protocol, values in measures.items():
                     columns = zip(*(v.tolist() for v in values.values()))
@@ -181,14 +181,6 @@ def measure_subject(store: SliceStore, subject: dict[str, Any], translate: dict[
     for record in records:
         record["psnr_db"] = min(record["psnr_db"], PSNR_CAP_DB)
     return sorted(records, key=lambda r: (r["direction"], r["row"]))  # whatever the batches were
-
-
-def _correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """(N,) Pearson correlation of two stacks inside the mask; 0 for a constant."""
-    count = mask.sum((1, 2, 3), keepdim=True)
-    a, b = ((v - (v * mask).sum((1, 2, 3), keepdim=True) / count) * mask for v in (a, b))
-    norm = (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt()
-    return (a * b).sum((1, 2, 3)) / norm.clamp(min=1e-12)
 
 
 def over_slices(slices: Iterable[Record]) -> list[Record]:
@@ -243,15 +235,15 @@ def contrast_checks(slices: list[Record]) -> dict[str, Any]:
                                   and s["protocol"] == "brain" and s["method"] == method]))
 
         ratio = mean("model", "from_input") / max(mean("floor", "mae"), 1e-9)
-        correlation = mean("model", "correlation")
+        agreement = mean("model", "correlation")
         warnings = []
         if ratio < COPY_RATIO:
             warnings.append(f"{direction}: the translation is nearly a copy of its input (distance "
                             f"to it {ratio:.0%} of the real target's)")
-        if correlation < 0:
+        if agreement < 0:
             warnings.append(f"{direction}: contrast is inverted (correlation with the real target "
-                            f"{correlation:.2f})")
-        checks[direction] = {"correlation": correlation, "copy_ratio": ratio, "warnings": warnings}
+                            f"{agreement:.2f})")
+        checks[direction] = {"correlation": agreement, "copy_ratio": ratio, "warnings": warnings}
     return checks
 
 

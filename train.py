@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import json
 import logging
 import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +36,17 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import console
+import health
 from data.augment import flip_left_right
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
 from data.store import SPLITS, SliceStore, write_atomically
-from device import (PRECISIONS, Process, autocast, choose_precision, first_speaks, random_state,
-                    set_random_state, start_process)
-from losses.adversarial import GAN_KINDS, discriminator_loss, generator_loss
+from device import (PRECISIONS, Process, autocast, choose_precision, first_speaks,
+                    peak_memory_gib, random_state, set_random_state, start_process)
+from losses.adversarial import (GAN_KINDS, discriminator_loss, generator_loss,
+                                rightly_judged)
 from losses.consistency import cycle_loss, identity_loss
 from losses.history import ImageHistory
-from losses.quality import psnr_db, ssim
+from losses.quality import correlation, mae, psnr_db, ssim
 from models import checkpoint
 from models.cyclegan import EMA, CycleGAN, init_weights
 from models.generator import UPSAMPLING, default_blocks
@@ -49,6 +54,10 @@ from models.generator import UPSAMPLING, default_blocks
 log = logging.getLogger("train")
 TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "D_X", "D_Y")
 NETS = ("G", "F", "D_X", "D_Y")
+# Watched beside the terms: shares of patches that D judges rightly, norms of the gradients, and
+# whether fp16 skipped an update.
+WATCHED = ("D_X_right_real", "D_X_right_fake", "D_Y_right_real", "D_Y_right_fake",
+           *(f"gradient_{name}" for name in NETS), "skipped")
 # What a run may change when it goes on: nothing that is learnt from depends on these ...
 FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "device", "precision",
                   "workers", "log_every", "save_minutes", "keep_best")
@@ -191,6 +200,19 @@ def _check_config(c: TrainConfig) -> None:
 # ------------------------------------------------------------------------------ nets and state
 
 
+def name_slices(store: SliceStore, loader: UnpairedBatches, epoch: int, epoch_step: int) -> str:
+    """The slices and files that a step saw, for a message."""
+    texts = []
+    for column, rows in zip(("t1w", "t2w"), loader.rows(epoch, epoch_step)):
+        seen = []
+        for row in rows[:4]:
+            subject = next(s for s in store.subjects
+                           if s["first_row"] <= row < s["first_row"] + s["n_slices"])
+            seen.append(f"row {row} ({subject['dataset']} {subject[column]})")
+        texts.append(f"{column} {', '.join(seen)}" + (", ..." if len(rows) > 4 else ""))
+    return f", slices {'; '.join(texts)}"
+
+
 class Training:
     """All that the next step depends on: nets, averages, optimisers, histories, place in the data.
 
@@ -225,15 +247,19 @@ class Training:
         self.step = self.slices_seen = 0
         self.epoch = self.epoch_step = 0  # epochs that are finished, steps of the one that is not
         self.best: dict[str, Any] = {"t2w_ssim": -1.0, "epoch": -1, "kept": [], "judged_step": 0}
-        # of the terms since the last line of the log
-        self.sums, self.counted = torch.zeros(len(TERMS), device=process.device), 0
+        # of terms and what is watched, since the last line of the log and in this epoch
+        self.sums, self.counted = torch.zeros(len(TERMS) + len(WATCHED), device=process.device), 0
+        self.epoch_sums, self.epoch_counted = self.sums.clone(), 0
+        self.recent: list[tuple[int, int, int, Tensor]] = []  # step, epoch, its step, values
+        self.where: Callable[[int, int], str] = lambda epoch, epoch_step: ""  # names its slices
         self.G, self.F, self.D_X, self.D_Y = (self._wrap(getattr(nets, name)) for name in NETS)
 
     def _wrap(self, net: nn.Module) -> nn.Module:
         if not dist.is_initialized():
             return net
         ids = [self.process.device.index] if self.process.device.type == "cuda" else None
-        return DistributedDataParallel(net, device_ids=ids)
+        # no buffers to keep equal, and every parameter takes part in every backward pass
+        return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
     @property
     def last_step(self) -> int:
@@ -261,40 +287,84 @@ class Training:
         self.flips.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
         return flip_left_right(real_x, self.flips), flip_left_right(real_y, self.flips)
 
+    def note(self, values: Tensor) -> None:
+        """Take in what a step returned."""
+        self.sums += values
+        self.epoch_sums += values
+        self.counted += 1
+        self.epoch_counted += 1
+        self.recent.append((self.step, self.epoch, self.epoch_step - 1, values))
+
     def mean_terms(self) -> dict[str, float]:
         """Mean of each term since the last line of the log, over all processes (collective).
 
         Raises
         ------
-        FloatingPointError : one of them is NaN or infinite
+        FloatingPointError : one of them, or a gradient, is NaN or infinite; names it, the step and
+            its slices
         """
+        self._check_recent()
         means = self.process.mean(self.sums).div(max(self.counted, 1)).tolist()
-        self._complain("loss", [n for n, mean in zip(TERMS, means) if not math.isfinite(mean)])
         return dict(zip(TERMS, means))
 
+    def watched(self) -> dict[str, float]:
+        """Means over this epoch of what `WATCHED` names, over all processes (collective)."""
+        means = self.process.mean(self.epoch_sums).div(max(self.epoch_counted, 1)).tolist()
+        return dict(zip(WATCHED, means[len(TERMS):]))
+
     def check_finite(self) -> None:
-        """Raise FloatingPointError on NaN or infinite terms or weights (collective).
+        """Raise FloatingPointError on NaN or infinite terms, gradients or weights (collective).
 
         Called before anything is judged or saved: lost weights must not replace good ones.
         """
-        self.mean_terms()
-        self._complain("weights of", [
-            name for name in NETS
-            if not all(bool(p.isfinite().all()) for p in getattr(self.nets, name).parameters())])
+        self._check_recent()
+        lost = [name for name in NETS
+                if not all(bool(p.isfinite().all()) for p in getattr(self.nets, name).parameters())]
+        self._complain(f"weights of {', '.join(lost)} not finite by step {self.step} (epoch "
+                       f"{self.epoch + 1})" if lost else "")
 
-    def _complain(self, what: str, names: list[str]) -> None:
-        if names:
+    def _check_recent(self) -> None:
+        """Look at the values of the steps since the last look, all at once."""
+        found = ""
+        if self.recent:
+            finite = torch.stack([values for *_, values in self.recent]).isfinite().cpu()
+            for (step, epoch, epoch_step, _), good in zip(self.recent, finite.tolist()):
+                names = [n for n, ok in zip((*TERMS, *WATCHED), good) if not ok]
+                if names:
+                    terms = [n for n in names if n in TERMS] or names
+                    found = (f"{', '.join(terms)} not finite at step {step} (epoch {epoch + 1})"
+                             f"{self.where(epoch, epoch_step)}")
+                    break
+        self._complain(found)
+        self.recent.clear()
+
+    def _complain(self, found: str) -> None:
+        """Raise on all processes what one of them has found (collective)."""
+        if self.process.any(bool(found))[0]:
+            every = [text for text in self.process.gather(found) if text]
             raise FloatingPointError(
-                f"{what} {', '.join(names)} not finite by step {self.step} (epoch "
-                f"{self.epoch + 1}); last.pt has the state before, if one was saved; try a smaller "
-                "--lr, or --precision fp32")
+                f"{every[0] if every else found}; last.pt has the state before, if one was saved; "
+                "try a smaller --lr, or --precision fp32")
+
+    def check_equal(self) -> None:
+        """Raise RuntimeError unless all processes have the same weights to the bit (collective)."""
+        if self.process.world == 1:
+            return
+        digest = hashlib.sha256()
+        for p in self.nets.parameters():
+            digest.update(p.detach().cpu().numpy().tobytes())
+        every = self.process.gather(digest.hexdigest())
+        if self.process.any(len(set(every)) > 1)[0]:
+            raise RuntimeError(f"weights differ between processes at step {self.step}, which must "
+                               f"not happen: {every}")
 
     def state(self) -> dict[str, Any] | None:
         """What `last.pt` holds; None on other ranks than 0 (collective)."""
         nets = {name: getattr(self.nets, name) for name in NETS}
         every = self.process.gather({
             "history": {name: _on_cpu(pool.state_dict()) for name, pool in self.history.items()},
-            "rng": random_state(self.process.device), "sums": self.sums.cpu()})
+            "rng": random_state(self.process.device), "sums": self.sums.cpu(),
+            "epoch_sums": self.epoch_sums.cpu()})
         if not self.process.is_main:
             return None
         return {
@@ -308,7 +378,9 @@ class Training:
             "history": [part["history"] for part in every],
             "sampler": {"epoch": self.epoch, "step": self.epoch_step,
                         "world": self.process.world, "counted": self.counted,
-                        "sums": [part["sums"] for part in every]},
+                        "sums": [part["sums"] for part in every],
+                        "epoch_counted": self.epoch_counted,
+                        "epoch_sums": [part["epoch_sums"] for part in every]},
             "rng": [part["rng"] for part in every],
         }
 
@@ -343,8 +415,10 @@ class Training:
                     pool.load_state_dict(state["history"][rank][name])
             set_random_state(state["rng"][rank])
         if state["sampler"]["world"] == self.process.world:
-            self.sums += state["sampler"]["sums"][rank].to(self.sums.device)
+            for sums in ("sums", "epoch_sums"):
+                getattr(self, sums).copy_(state["sampler"][sums][rank])
             self.counted = state["sampler"]["counted"]
+            self.epoch_counted = state["sampler"]["epoch_counted"]
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
@@ -366,7 +440,8 @@ def _plain(value: Any) -> Any:
 def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     """One update of G and F, then of D_X and D_Y, from slices (N, 1, H, W) in [-1, 1].
 
-    Returns the unweighted terms in the order of `TERMS`, (8,) float32, without waiting for a GPU.
+    Returns the unweighted terms in the order of `TERMS`, then what `WATCHED` names, (17,) float32,
+    without waiting for a GPU.
     """
     c = t.config
     n = len(real_x)
@@ -396,6 +471,7 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
         identity_y = identity_loss(real_y, from_x[n:])
         loss = loss + c.lambda_identity * (identity_x + identity_y)
     t.scaler.scale(loss).backward()
+    norms_g, skipped_g = _gradient_norms(t, "generators", ("G", "F"))
     t.scaler.step(t.optimizers["generators"])
 
     # D_X and D_Y: real slices against slices from the history.
@@ -409,6 +485,7 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     loss_d_x = discriminator_loss(on_x[:n], on_x[n:], c.gan_loss)
     loss_d_y = discriminator_loss(on_y[:n], on_y[n:], c.gan_loss)
     t.scaler.scale(loss_d_x + loss_d_y).backward()
+    norms_d, skipped_d = _gradient_norms(t, "discriminators", ("D_X", "D_Y"))
     t.scaler.step(t.optimizers["discriminators"])
     t.scaler.update()  # once a step, for both
 
@@ -416,8 +493,27 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     t.step += 1
     t.epoch_step += 1
     t.slices_seen += n * t.process.world
-    return torch.stack([gan_g, gan_f, cycle_x, cycle_y, identity_x, identity_y, loss_d_x,
-                        loss_d_y]).detach()
+    right = [*rightly_judged(on_x[:n], on_x[n:], c.gan_loss),
+             *rightly_judged(on_y[:n], on_y[n:], c.gan_loss)]
+    return torch.stack([gan_g, gan_f, cycle_x, cycle_y, identity_x, identity_y, loss_d_x, loss_d_y,
+                        *right, *norms_g, *norms_d, (skipped_g + skipped_d) / 2]).detach()
+
+
+def _gradient_norms(t: Training, optimizer: str,
+                    nets: tuple[str, ...]) -> tuple[list[Tensor], Tensor]:
+    """L2 norm of each net's gradient, and 1 where fp16 overflowed and its update will be skipped.
+
+    An overflow is the scaler's way to find its scale, so its norm counts as 0, not as a fault.
+    """
+    if t.scaler.is_enabled():
+        t.scaler.unscale_(t.optimizers[optimizer])
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in getattr(t.nets, name).parameters()
+                                            if p.grad is not None]) for name in nets]
+    skipped = torch.zeros((), device=t.process.device)
+    if t.scaler.is_enabled():
+        skipped = 1 - torch.stack(norms).isfinite().all().float()
+        norms = [norm.nan_to_num(0, 0, 0) for norm in norms]
+    return norms, skipped
 
 
 # ---------------------------------------------------------------------------------- validation
@@ -425,7 +521,10 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(t: Training, store: SliceStore) -> dict[str, float]:
-    """Brain SSIM and PSNR of the averaged G and F on the paired validation subjects (collective).
+    """Judge the averaged G and F on the paired validation subjects, in the brain (collective).
+
+    SSIM, PSNR, correlation with the real target; distance to the input over the real target's
+    (`copy_ratio`), and the share of generated signal `outside` the brain.
 
     Subjects are shared out among the processes and their figures gathered, so the result does not
     depend on how many there are. Mean over a subject's slices, then over subjects; {} without any,
@@ -450,12 +549,20 @@ def _validate_subject(t: Training, store: SliceStore,
         real_x, real_y, mask = (v.to(t.process.device) for v in (real_x, real_y, mask))
         with t.autocast():
             fake_y, fake_x = t.ema.G(real_x), t.ema.F(real_y)
-        for name, fake, real in (("t2w", fake_y, real_y), ("t1w", fake_x, real_x)):
-            fake, real = (fake.float() + 1) / 2, (real + 1) / 2
-            # a perfect slice would be infinitely good
-            psnr = psnr_db(fake, real, mask).clamp(max=100)
-            figures.setdefault(f"{name}_ssim", []).extend(ssim(fake, real, mask).tolist())
-            figures.setdefault(f"{name}_psnr_db", []).extend(psnr.tolist())
+        for name, fake, real, given in (("t2w", fake_y, real_y, real_x),
+                                        ("t1w", fake_x, real_x, real_y)):
+            fake, real, given = ((v.float() + 1) / 2 for v in (fake, real, given))
+            signal_all = fake.sum((1, 2, 3)).clamp(min=1e-6)
+            measured = {
+                "ssim": ssim(fake, real, mask),
+                # a perfect slice would be infinitely good
+                "psnr_db": psnr_db(fake, real, mask).clamp(max=100),
+                "correlation": correlation(fake, real, mask),
+                "copy_ratio": mae(fake, given, mask) / mae(real, given, mask).clamp(min=1e-6),
+                "outside": (fake * ~mask).sum((1, 2, 3)) / signal_all,
+            }
+            for what, values in measured.items():
+                figures.setdefault(f"{name}_{what}", []).extend(values.tolist())
     return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
@@ -514,6 +621,14 @@ class RunLog:
             self._metrics.flush()
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def alarm(self, step: int, epoch: int, lines: list[str]) -> None:
+        """Warnings of an epoch, for the reports that are made of metrics.jsonl."""
+        if self._on:
+            for line in lines:
+                text = json.dumps({"kind": "warning", "step": step, "epoch": epoch, "text": line})
+                self._metrics.write(text + "\n")
+            self._metrics.flush()
 
     def picture(self, picture: Tensor, step: int, path: Path) -> None:
         """An image grid for TensorBoard and as a file."""
@@ -697,6 +812,7 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
                              world=process.world)
     state, last = find_resume(config, args, record)
     t = Training(config, process, loader.steps_per_epoch, record)
+    t.where = functools.partial(name_slices, store, loader)
     if state:
         t.load(state)
     with contextlib.closing(RunLog(run, process, t.step)) as run_log:
@@ -734,18 +850,19 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
 
     while not stopped and (t.step < last_step or t.best["judged_step"] < t.step):
         timed, waited, since = 0, 0.0, time.monotonic()
+        epoch_waited, epoch_since = 0.0, since
         batches = loader.batches(t.epoch, t.epoch_step, c.workers)
         while t.epoch_step < t.steps_per_epoch and t.step < last_step and not stopped:
             # batch
             asked_at = time.monotonic()
             real_x, real_y = next(batches)
             waited += time.monotonic() - asked_at
+            epoch_waited += time.monotonic() - asked_at
             real_x, real_y = t.augment(real_x.to(process.device, non_blocking=True),
                                        real_y.to(process.device, non_blocking=True))
             # step
             learning_rate = t.learning_rate
-            t.sums += train_step(t, real_x, real_y)
-            t.counted += 1
+            t.note(train_step(t, real_x, real_y))
             timed += 1
             bar.update()
             # log
@@ -775,7 +892,9 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
         # validate and save at the end of an epoch, or of the run
         t.check_finite()
         figures = validate(t, store)
+        t.check_equal()
         run_log.record("validation", t.step, figures)
+        watch(t, run_log, figures, epoch_waited / max(time.monotonic() - epoch_since, 1e-9))
         t.best["judged_step"] = t.step
         if process.is_main:
             run_log.picture(sample_grid(t, store), t.step,
@@ -784,7 +903,8 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
         log.info("epoch %d/%d  step %d  validation  %s", t.epoch + 1, epochs, t.step,
                  _line_of(figures) or "no subjects: best.pt is the latest")
         if t.epoch_step == t.steps_per_epoch:
-            t.epoch, t.epoch_step = t.epoch + 1, 0
+            t.epoch, t.epoch_step, t.epoch_counted = t.epoch + 1, 0, 0
+            t.epoch_sums.zero_()
         _save_last(t, run)
         saved_at = time.monotonic()
 
@@ -792,8 +912,22 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
     return not stopped
 
 
+def watch(t: Training, run_log: RunLog, figures: dict[str, float], waiting: float) -> None:
+    """Log what was watched in an epoch, and a line for each figure that is not healthy."""
+    found = {**t.watched(), "waiting": waiting,
+             "peak_memory_gib": peak_memory_gib(t.process.device)}
+    judged = {name: value for name, value in figures.items()
+              if not name.endswith(("_ssim", "_psnr_db"))}
+    run_log.record("health", t.step, found)
+    said = health.warnings({**found, **judged})
+    for line in said:
+        log.warning("warning: epoch %d: %s", t.epoch + 1, line)
+    run_log.alarm(t.step, t.epoch + 1, said)
+
+
 def _save_last(t: Training, run: Path) -> None:
     t.check_finite()
+    t.check_equal()
     state = t.state()
     if state is not None:
         checkpoint.save(run / "last.pt", state)

@@ -43,6 +43,19 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor, kind: str = "ls
     return 0.5 * (on_real.mean() + on_fake.mean())
 
 
+def rightly_judged(real_scores: Tensor, fake_scores: Tensor,
+                   kind: str = "lsgan") -> tuple[Tensor, Tensor]:
+    """Shares of real and of generated patches that D takes for what they are, float32 scalars.
+
+    Parameters
+    ----------
+    real_scores, fake_scores, kind : as for `discriminator_loss`; the border is where both of its
+        terms are equal, 0.5 for "lsgan" and 0 for the others
+    """
+    border = 0.5 if kind == "lsgan" else 0.0
+    return (real_scores > border).float().mean(), (fake_scores < border).float().mean()
+
+
 def generator_loss(fake_scores: Tensor, kind: str = "lsgan") -> Tensor:
     """Score how badly generated slices pass for real; the generator minimises this.
 

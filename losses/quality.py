@@ -55,6 +55,15 @@ def mae(image: Tensor, reference: Tensor, mask: Tensor | None = None,
     return (_mean((image.double() - reference.double()).abs(), mask) / data_range).float()
 
 
+def correlation(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """(N,) Pearson correlation of two stacks (N, 1, H, W) inside the mask; 0 for a constant."""
+    count = mask.sum((1, 2, 3), keepdim=True)
+    a, b = ((v - (v * mask).sum((1, 2, 3), keepdim=True) / count) * mask
+            for v in (image, reference))
+    norm = (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt()
+    return (a * b).sum((1, 2, 3)) / norm.clamp(min=1e-12)
+
+
 def ssim_map(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
     """Compute the structural similarity around each pixel (Wang et al. 2004).
 

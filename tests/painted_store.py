@@ -45,6 +45,7 @@ def write_store(folder, splits, size=32, n_slices=6):
             t1w, t2w, mask = paint_head(sum(map(ord, name)), n, size)
             row = {"id": f"painted_sub-{name}", "dataset": "painted", "subject": label,
                    "session": session, "n_slices": str(n), "brain_extraction": "none",
+                   "t1w": f"{name}_T1w.nii.gz", "t2w": f"{name}_T2w.nii.gz",
                    "cut_share": "0", "note": "",
                    "rows_sha256": digest_rows(t1w, t2w, np.packbits(mask, axis=-1))}
             write_part(folder, Part(t1w, t2w, mask, row))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as nnf
 
-from losses.adversarial import GAN_KINDS, discriminator_loss, generator_loss
+from losses.adversarial import GAN_KINDS, discriminator_loss, generator_loss, rightly_judged
 
 REAL = torch.tensor([[2.0, 0.0]])
 FAKE = torch.tensor([[-1.0, 3.0], [0.5, -2.0]])
@@ -103,3 +103,10 @@ def test_unknown_kinds_are_refused_with_the_known_ones():
         discriminator_loss(REAL, FAKE, "wgan")
     with pytest.raises(ValueError, match="'wgan'.*lsgan, vanilla, hinge"):
         generator_loss(FAKE, "wgan")
+
+
+def test_patches_are_judged_rightly_on_their_side_of_the_border():
+    real, fake = torch.tensor([0.9, 0.6, 0.4, 2.0]), torch.tensor([-1.0, 0.4, 0.6, 0.2])
+    assert [v.item() for v in rightly_judged(real, fake)] == [0.75, 0.75]
+    assert [v.item() for v in rightly_judged(real, fake, "hinge")] == [1.0, 0.25]
+    assert [v.item() for v in rightly_judged(fake, real, "vanilla")] == [0.75, 0.0]

@@ -12,7 +12,8 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structu
 from skimage.transform import resize
 from torch import Tensor
 
-from losses.quality import crop_to_box, mae, measure, psnr_db, ssim, ssim_map
+from losses.quality import (correlation, crop_to_box, mae, measure, psnr_db, ssim,
+                            ssim_map)
 
 
 def peer_ssim(image: Tensor, reference: Tensor,
@@ -269,3 +270,14 @@ def test_no_slices_give_no_numbers():
     images = torch.zeros(0, 1, 16, 16)
     found = measure(images, images, images.bool())
     assert all(v.shape == (0,) for values in found.values() for v in values.values())
+
+
+def test_correlation_is_numpys_inside_the_mask_and_zero_for_a_constant():
+    draws = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 3, 1, 16, 16, generator=draws)
+    mask = torch.rand(3, 1, 16, 16, generator=draws) > 0.3
+    found = correlation(a, b, mask)
+    for i in range(3):
+        wanted = np.corrcoef(a[i][mask[i]].numpy(), b[i][mask[i]].numpy())[0, 1]
+        assert found[i].item() == pytest.approx(wanted, abs=1e-5)
+    assert correlation(a, torch.ones_like(a), mask).abs().max() < 1e-4
