@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
 import logging
 import math
+import platform
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +37,11 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 import console
 import health
@@ -80,6 +88,7 @@ class TrainConfig:
     steps_per_epoch: int = 0
     max_steps: int = 0
     batch_size: int = 1
+    strict_unpaired: bool = False
     flip: bool = True
     features: int = 64
     blocks: int = 0
@@ -104,6 +113,8 @@ HELP = {
     "data": {
         "slices": "the store that preprocess.py built",
         "batch_size": "slices of each domain a step, in each process",
+        "strict_unpaired": "T1w from one half of the training subjects, T2w from the other, so "
+                           "that no head is seen in both",
         "flip": "mirror slices left to right at random",
         "workers": "batches read ahead by threads (0: read when asked)",
     },
@@ -157,11 +168,17 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, argparse.Namespace]
             else:
                 group.add_argument(flag, type=type(value), default=value, help=text,
                                    choices=CHOICES.get(name))
+    group.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS,
+                       help="options from a TOML file, or from a run's config.json; the command "
+                            "line stands above it")
     group.add_argument("--resume", nargs="?", const="", metavar="CKPT",
                        help="go on from this checkpoint, or from last.pt, which must be there then "
                             "(without this option: from last.pt if it is there)")
     group.add_argument("--override", action="store_true",
                        help="on resume, take options or subjects that differ from the checkpoint's")
+    file = parser.parse_known_args(argv)[0]
+    if hasattr(file, "config"):
+        parser.set_defaults(**read_config(file.config))
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     values["betas"] = tuple(values["betas"])
@@ -174,6 +191,47 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, argparse.Namespace]
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Options of `TrainConfig` from a file, by their names (`batch_size` or `batch-size`).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : no such file, not TOML or JSON, an unknown option or a value of
+        another kind than its default
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--config {path}: not a text file") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config {path}: no such file") from None
+    try:
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # of either
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ValueError(f"--config {path}: not {kind} ({error})") from None
+    defaults, values = asdict(TrainConfig()), {}
+    for key, value in (content.items() if isinstance(content, dict) else ()):
+        name = key.replace("-", "_")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            raise ValueError(f"--config {path}: '{key}' is no option of train.py"
+                             + (f"; is {near[0]} meant?" if near else ""))
+        values[name] = _as_kind(value, defaults[name], f"--config {path}: {key}")
+    return values
+
+
+def _as_kind(value: Any, default: Any, where: str) -> Any:
+    """A value of a config file, refused where it is not of its default's kind."""
+    if isinstance(default, tuple):
+        found = value if isinstance(value, list) else [value]
+        return tuple(_as_kind(item, default[0], where) for item in found)
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+        raise ValueError(f"{where} is {value!r}, should be like {default!r}")
+    return type(default)(value)
 
 
 def _check_config(c: TrainConfig) -> None:
@@ -198,6 +256,24 @@ def _check_config(c: TrainConfig) -> None:
 
 
 # ------------------------------------------------------------------------------ nets and state
+
+
+def environment(process: Process, precision: torch.dtype) -> dict[str, Any]:
+    """What a run was made with, for its checkpoints: commit, versions, device, processes."""
+    def git(*words: str) -> str:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
+            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                                  text=True, timeout=10, check=True).stdout.strip()
+        return ""
+
+    on_gpu = process.device.type == "cuda"
+    return {"commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "processes": process.world,
+            "device": torch.cuda.get_device_name(process.device) if on_gpu
+            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "precision": str(precision).removeprefix("torch.")}
 
 
 def name_slices(store: SliceStore, loader: UnpairedBatches, epoch: int, epoch_step: int) -> str:
@@ -251,6 +327,7 @@ class Training:
         self.sums, self.counted = torch.zeros(len(TERMS) + len(WATCHED), device=process.device), 0
         self.epoch_sums, self.epoch_counted = self.sums.clone(), 0
         self.recent: list[tuple[int, int, int, Tensor]] = []  # step, epoch, its step, values
+        self.environment = environment(process, self.precision)
         self.where: Callable[[int, int], str] = lambda epoch, epoch_step: ""  # names its slices
         self.G, self.F, self.D_X, self.D_Y = (self._wrap(getattr(nets, name)) for name in NETS)
 
@@ -388,7 +465,8 @@ class Training:
         """What `best.pt` holds."""
         return {"config": _plain(asdict(self.config)), "preprocessing": _plain(self.preprocessing),
                 "step": self.step, "epoch": epoch, "slices_seen": self.slices_seen,
-                "ema": self.ema.state_dict(), "best": dict(self.best)}
+                "ema": self.ema.state_dict(), "best": dict(self.best),
+                "format": {"made_with": self.environment}}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint; what --override changes begins anew."""
@@ -809,7 +887,7 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
     run, record = Path(config.run), preprocessing_record(store)
     loader = UnpairedBatches(store, batch_size=config.batch_size, seed=config.seed,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
-                             world=process.world)
+                             world=process.world, strict=config.strict_unpaired)
     state, last = find_resume(config, args, record)
     t = Training(config, process, loader.steps_per_epoch, record)
     t.where = functools.partial(name_slices, store, loader)
@@ -819,13 +897,18 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
         _announce(t, store)
         if state:
             log.info("going on from %s, step %d", last, t.step)
+            before = state["sampler"]["world"]
+            if before != process.world:
+                log.info("processes: %d then, %d now; the run goes on, but not to the bit", before,
+                         process.world)
         if t.step >= t.last_step and t.best["judged_step"] == t.step:
             log.info("nothing left to train: step %d of %d is done; raise --epochs or --max-steps",
                      t.step, t.last_step)
             return console.DONE
         if process.is_main:
-            text = json.dumps(_plain(asdict(config)), indent=1) + "\n"
-            write_atomically(run / "config.json", text.encode())
+            for name, what in (("config", asdict(config)), ("environment", t.environment)):
+                text = json.dumps(_plain(what), indent=1) + "\n"
+                write_atomically(run / f"{name}.json", text.encode())
         with StopRequest() as stop, logging_redirect_tqdm():
             finished = loop(t, loader, store, run_log, stop)
         if not finished:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.store import SliceStore
+from data.store import SliceStore, split_value
 
 
 class UnpairedBatches:
@@ -31,24 +31,27 @@ class UnpairedBatches:
     batch_size : slices of each domain a step and process
     steps_per_epoch : 0 takes one pass over the training slices
     seed, rank, world : of the permutations; this process and how many there are
+    strict : take T1w from one half of the subjects and T2w from the other (`halves`), so that no
+        head is seen in both domains
 
     Raises
     ------
     ValueError
-        If there are fewer training slices than one step takes.
+        If there are fewer training slices, or subjects, than one step takes.
     """
 
     def __init__(self, store: SliceStore, *, batch_size: int, steps_per_epoch: int = 0,
-                 seed: int = 0, rank: int = 0, world: int = 1) -> None:
+                 seed: int = 0, rank: int = 0, world: int = 1, strict: bool = False) -> None:
         self._store = store
-        self._rows = store.rows("train")
+        self._rows = halves(store) if strict else (store.rows("train"),) * 2
         self._taken = batch_size * world
-        if len(self._rows) < self._taken:
-            raise ValueError(f"{store.folder}: the train split has {len(self._rows)} slices, a "
-                             f"step of {world} x {batch_size} needs {self._taken}; take a smaller "
-                             "--batch-size")
+        fewest = min(map(len, self._rows))
+        if fewest < self._taken:
+            raise ValueError(f"{store.folder}: the train split has {fewest} slices"
+                             f"{' in one of its halves' if strict else ''}, a step of {world} x "
+                             f"{batch_size} needs {self._taken}; take a smaller --batch-size")
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
-        self._steps_a_pass = len(self._rows) // self._taken
+        self._steps_a_pass = fewest // self._taken
         self.steps_per_epoch = steps_per_epoch or self._steps_a_pass
         self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
 
@@ -93,8 +96,29 @@ class UnpairedBatches:
             for old in sorted(self._permutations)[:-3]:
                 self._permutations.pop(old, None)
             draws = np.random.default_rng([self._seed, epoch, turn, domain])
-            found = self._permutations[key] = draws.permutation(self._rows)
+            found = self._permutations[key] = draws.permutation(self._rows[domain])
         return found
+
+
+def halves(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of one half of the training subjects, and of the other, all sessions of one together.
+
+    By the hash that decides the split, so a new subject moves few of the others.
+
+    Raises
+    ------
+    ValueError : fewer than two training subjects
+    """
+    people = {(s["dataset"], s["subject"]) for s in store.subjects if s["split"] == "train"}
+    if len(people) < 2:
+        raise ValueError(f"{store.folder}: has {len(people)} training subjects, --strict-unpaired "
+                         "needs two at least")
+    ordered = sorted(people, key=lambda person: (split_value(*person), person))
+    first = set(ordered[:len(ordered) // 2])
+    x, y = ([np.arange(s["first_row"], s["first_row"] + s["n_slices"], dtype=np.int64)
+             for s in store.subjects if s["split"] == "train"
+             and ((s["dataset"], s["subject"]) in first) == wanted] for wanted in (True, False))
+    return np.concatenate(x), np.concatenate(y)
 
 
 def to_tensor(slices: np.ndarray) -> Tensor:

@@ -32,14 +32,15 @@ def save(path: Path, state: dict[str, Any], *, keep_previous: bool = True) -> No
     Parameters
     ----------
     path : ends in `.pt`
-    state : has at least `INFERENCE_KEYS` except `format`, which is added
+    state : has at least `INFERENCE_KEYS` except `format`; name and version are added to what it
+        has there
     keep_previous : let the file of before stay as `NAME.previous.pt`
 
     Raises
     ------
     OSError : the disk is full, say; the file of before is as it was
     """
-    state = {"format": {"name": FORMAT, "version": VERSION}, **state}
+    state = {**state, "format": {**state.get("format", {}), "name": FORMAT, "version": VERSION}}
     missing = [key for key in INFERENCE_KEYS if key not in state]
     assert not missing, f"checkpoint lacks {missing}"
     content = io.BytesIO()  # torch.save makes a riddle of what a full disk says

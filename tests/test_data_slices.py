@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from painted_store import write_store
 
-from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
+from data.slices import UnpairedBatches, halves, paired_slices, paired_subjects, to_tensor
 from data.store import SliceStore
 
 
@@ -131,3 +132,29 @@ def test_a_tensor_is_a_copy_that_may_be_written(slices):
     tensor = to_tensor(slices.t1w[:2])
     tensor.fill_(7)
     assert slices.t1w[:2].max() <= 1
+
+
+def test_strictly_unpaired_no_head_is_seen_in_both_domains(tmp_path):
+    store = SliceStore(write_store(tmp_path / "slices", {
+        "train": ["01_ses-a", "01_ses-b", "02", "03", "04", "05"], "val": ["06"]}))
+    loader = UnpairedBatches(store, batch_size=2, strict=True)
+    people = {row: (s["dataset"], s["subject"]) for s in store.subjects
+              for row in range(s["first_row"], s["first_row"] + s["n_slices"])}
+    seen_x, seen_y = set(), set()
+    for epoch in range(3):
+        for step in range(loader.steps_per_epoch):
+            x, y = loader.rows(epoch, step)
+            seen_x |= {people[r] for r in x}
+            seen_y |= {people[r] for r in y}
+    assert not seen_x & seen_y
+    assert len(seen_x) == 2 and len(seen_y) == 3
+    assert all(label != "06" for _, label in seen_x | seen_y)
+    x, y = halves(store)
+    assert sorted([*x, *y]) == store.rows("train").tolist()
+    assert loader.steps_per_epoch == min(len(x), len(y)) // 2
+
+
+def test_strictly_unpaired_needs_two_subjects(tmp_path):
+    store = SliceStore(write_store(tmp_path / "slices", {"train": ["01_ses-a", "01_ses-b"]}))
+    with pytest.raises(ValueError, match="has 1 training subjects, --strict-unpaired needs two"):
+        UnpairedBatches(store, batch_size=1, strict=True)

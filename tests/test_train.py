@@ -442,6 +442,16 @@ def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit(run, tmp_path, fir
     assert steps == [3, 6, 9, 12]
 
 
+def test_a_strictly_unpaired_run_is_one_from_the_first_step(run, slices, tmp_path):
+    assert run("--max-steps", 3, "--strict-unpaired").code == 0
+    assert run("--max-steps", 3, folder="other").code == 0
+    strict, other = (checkpoint.load(tmp_path / name / "last.pt") for name in ("run", "other"))
+    assert same(strict["generators"], other["generators"])
+    assert strict["config"]["strict_unpaired"]
+    refused = run("--max-steps", 5)
+    assert refused.code == 2 and "--strict-unpaired True (now False)" in refused.complaint
+
+
 def test_health_is_logged_each_epoch_and_warnings_reach_log_and_metrics(run, tmp_path):
     outcome = run("--max-steps", 10)
     found = records(tmp_path / "run", "health")
@@ -754,6 +764,48 @@ def test_every_field_of_the_config_is_an_option_with_help():
     assert train.parse_args([])[0] == TrainConfig()
     assert train.parse_args(["--lambda-cycle", "3"])[0].lambda_cycle == (3.0, 3.0)
     assert train.parse_args(["--lambda-cycle", "3", "4"])[0].lambda_cycle == (3.0, 4.0)
+
+
+def test_options_come_from_a_file_and_the_command_line_stands_above_it(run, tmp_path):
+    (tmp_path / "c.toml").write_text("lr = 1e-3\nbatch-size = 2\nlambda_cycle = [5, 7]\n"
+                                     "flip = false\nfeatures = 8\n")
+    assert run("--max-steps", 1, "--config", tmp_path / "c.toml", "--lr", 5e-4).code == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["lr"], config["batch_size"], config["flip"]) == (5e-4, 2, False)
+    assert config["lambda_cycle"] == [5.0, 7.0] and config["features"] == 4, "TINY names features"
+    again = run("--config", tmp_path / "run" / "config.json", folder="again")
+    assert again.code == 0
+    repeated = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert repeated == {**config, "run": str(tmp_path / "again"), "epochs": 4, "epochs_decay": 4,
+                        "steps_per_epoch": 5}
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("c.toml", "lambda_cyle = 1", "'lambda_cyle' is no option of train.py; is lambda_cycle meant?"),
+    ("c.toml", "lr = 'fast'", "lr is 'fast', should be like 0.0002"),
+    ("c.toml", "batch_size = 2.5", "batch_size is 2.5, should be like 1"),
+    ("c.toml", "flip = 1", "flip is 1, should be like True"),
+    ("c.toml", "epochs = true", "epochs is True, should be like 100"),
+    ("c.toml", "lr = -1", "--lr -1.0"),
+    ("c.toml", "lr =", "c.toml: not TOML"), ("c.json", "{", "c.json: not JSON"),
+    ("c.toml", None, "c.toml: no such file"),
+])
+def test_a_config_file_that_cannot_be_used_is_one_error(run, tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    outcome = run("--config", tmp_path / name)
+    assert outcome.code == 2 and said in outcome.complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_and_checkpoint_say_what_they_were_made_with(run, tmp_path):
+    run("--max-steps", 1)
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert found["torch"] == torch.__version__ and found["precision"] == "float32"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert found["commit"] == commit.stdout.strip()
+    for name in ("last", "best"):
+        assert checkpoint.load(tmp_path / "run" / f"{name}.pt")["format"]["made_with"] == found
 
 
 def test_the_defaults_are_the_papers_but_for_the_two_said():
