@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -148,10 +149,24 @@ def start_process(device: str) -> Process:
     on_gpu = where.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(where)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     if "RANK" in os.environ:  # a group of one, too: then it is the same program as with many
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
                                 device_id=where if on_gpu else None)
     return Process(rank, world, where)
+
+
+def _end_with_parent() -> None:
+    """End when torchrun has been killed: it restarts nobody then, and its successor has others."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

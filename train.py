@@ -18,12 +18,14 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,10 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: the user has to see to it that one run writes
+    fcntl = None  # type: ignore[assignment]
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -335,8 +341,10 @@ class Training:
         if not dist.is_initialized():
             return net
         ids = [self.process.device.index] if self.process.device.type == "cuda" else None
-        # no buffers to keep equal, and every parameter takes part in every backward pass
-        return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():  # some versions announce what it will mean for buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            # there are none to keep equal, and every parameter takes part in every backward pass
+            return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
     @property
     def last_step(self) -> int:
@@ -838,6 +846,41 @@ def preprocessing_record(store: SliceStore) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- main
 
 
+@contextlib.contextmanager
+def only_writer(run: Path, process: Process, patience_s: float = 30) -> Iterator[None]:
+    """Hold a run folder for this run; a killed run's processes may take a moment to end.
+
+    A folder that was made for this and stays empty is removed.
+
+    Raises
+    ------
+    ValueError : another run goes on there
+    """
+    fresh = process.is_main and not run.exists()
+    if process.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run, os.O_RDONLY) if process.is_main and fcntl else None
+    try:
+        until = time.monotonic() + patience_s
+        while handle is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ValueError(f"{run}: another train.py is writing there; wait for it, or "
+                                     "choose another --run") from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if fresh and not any(run.iterdir()):
+            run.rmdir()
+
+
 class StopRequest:
     """SIGTERM or SIGINT while it is entered: leave at the next step, with a checkpoint."""
 
@@ -867,7 +910,7 @@ def main(argv: list[str] | None = None) -> int:
     if not process.is_main:
         log.setLevel(logging.ERROR)
     try:
-        with first_speaks():
+        with first_speaks(), only_writer(Path(config.run), process):
             code = train(config, args, store, process)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)

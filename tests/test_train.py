@@ -672,6 +672,68 @@ def test_a_run_stopped_at_an_epochs_last_step_is_validated_when_it_goes_on(slice
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 5
 
 
+def test_a_second_run_in_one_folder_is_turned_away(run, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    assert run("--max-steps", 1).code == 0
+    monkeypatch.setattr(train.only_writer.__wrapped__, "__defaults__", (0.3,))
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        outcome = run("--max-steps", 2)
+        assert outcome.code == 2 and "another train.py is writing there" in outcome.complaint
+    finally:
+        os.close(handle)
+    assert run("--max-steps", 2).code == 0
+
+
+def torchrun(slices, folder, *options, restarts=0):
+    return subprocess.Popen(
+        [sys.executable, "torchrun.py", "--standalone", "--nproc-per-node=2",
+         f"--max-restarts={restarts}", "--monitor-interval=0.2", "train.py", "--slices", slices,
+         "--run", folder, *TINY, "--steps-per-epoch", "40", "--epochs", "2", "--epochs-decay",
+         "2", "--save-minutes", "0.01", "--log-every", "10", *options],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def workers_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def wait_for_step(folder, step, process):
+    for _ in range(2400):
+        if (folder / "metrics.jsonl").exists() and any(
+                r["step"] >= step for r in records(folder, "loss")):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    pytest.fail("no step in 240 s")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_a_killed_worker_restarts_the_group_and_a_killed_torchrun_leaves_nobody(slices, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(slices, run, restarts=3)
+    wait_for_step(run, 20, process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    wait_for_step(run, 70, process)  # the group has begun again, from last.pt
+    left = workers_of(process)
+    process.kill()
+    process.communicate(timeout=60)
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in left):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in left), "workers outlive torchrun"
+    process = torchrun(slices, run)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert checkpoint.load(run / "last.pt", resume=True)["step"] == 160
+    assert [r["step"] for r in records(run, "validation")] == [40, 80, 120, 160]
+    assert (run / "log.txt").read_text().count("going on from") >= 2
+
+
 def test_the_signal_handlers_of_before_come_back(run):
     def mine(*_):
         pass
