@@ -31,6 +31,9 @@ from data.transfer import (Damaged, File, Part, Refused, Stopped, Transfer, insp
                            lock, part_paths, read_note, read_object)
 
 MANIFEST = "manifest.json"
+SYNC_EVERY_S = 0.5
+Content = dict[str, dict[str, Any]]
+Change = Callable[[Content], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
 
 log = logging.getLogger("preprocess.openneuro")  # the command that shows what this module says
@@ -48,7 +51,9 @@ class Manifest:
         self.path, self.tag = root / MANIFEST, tag
         self._lock = threading.Lock()
         self._seen: tuple[int, ...] = ()  # which file `content` was read from
-        self.content: dict[str, dict[str, Any]] = {"files": {}, "subjects": {}}
+        self._later: list[Change] = []  # in `content`, not yet on disk
+        self._written = 0.0
+        self.content: Content = {"files": {}, "subjects": {}}
         self.refresh()
 
     def refresh(self) -> None:
@@ -69,23 +74,43 @@ class Manifest:
         noted = self.content["subjects"].get(subject, {}).get("note")
         return noted if isinstance(noted, dict) else {}
 
-    def update(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
-        """Apply a change to what is on disk now, and write it whole."""
-        with self._lock, _locked_folder(self.path.parent):
-            self._read()
-            content = {key: dict(members) for key, members in self.content.items()}
-            change(content)
+    def update(self, change: Change, *, later: bool = False) -> bool:
+        """Apply a change to what is on disk now, and write it whole; returns whether it is written.
+
+        `later` lets it wait for another one, or for `flush`, if the last writing was just now: a
+        line a file would make hundreds of small files a second wait for the disk.
+        """
+        with self._lock:
+            if later and time.monotonic() - self._written < SYNC_EVERY_S:
+                self.content = _changed(self.content, [change])
+                self._later.append(change)
+                return False
+            self._write([*self._later, change])
+        return True
+
+    def flush(self) -> None:
+        """Write what was to wait."""
+        with self._lock:
+            if self._later:
+                self._write(self._later)
+
+    def _write(self, changes: list[Change]) -> None:
+        with _locked_folder(self.path.parent):
+            self._later = []
+            self._read(again=True)
+            content = _changed(self.content, changes)
             for left in self.path.parent.glob(f"{MANIFEST}.*.tmp"):  # by a killed process
                 left.unlink(missing_ok=True)
             write_atomically(self.path, _manifest_text(self.tag, content).encode())
             self.content, self._seen = content, self._identity()
+            self._written = time.monotonic()
 
-    def _read(self) -> None:
+    def _read(self, again: bool = False) -> None:
         seen = self._identity()
-        if seen != self._seen:
+        if again or seen != self._seen:
             found = read_object(self.path)
-            self.content = {key: _objects(found.get(key)) for key in ("files", "subjects")}
-            self._seen = seen
+            content = {key: _objects(found.get(key)) for key in ("files", "subjects")}
+            self.content, self._seen = _changed(content, self._later), seen
 
     def _identity(self) -> tuple[int, ...]:
         """Changes with every writing, as each makes a new file."""
@@ -94,6 +119,14 @@ class Manifest:
         except FileNotFoundError:
             return ()
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _changed(content: Content, changes: list[Change]) -> Content:
+    """A copy with the changes made."""
+    copy = {key: dict(members) for key, members in content.items()}
+    for change in changes:
+        change(copy)
+    return copy
 
 
 def _manifest_text(tag: str, content: dict[str, dict[str, Any]]) -> str:
@@ -200,6 +233,7 @@ class Download:
         wanted = [*plan.common, *(file for s in self._todo for file in s.files)]
         self._total = sum(f.size or 0 for f in wanted if not self._looks_whole(f))
         self._got, self._settled, self._start = 0, 0, time.monotonic()
+        self._noted: list[Path] = []  # notes of files that the manifest has or soon will have
         self._bar = tqdm(total=self._total, unit="B", unit_scale=True, desc=plan.snapshot.dataset,
                          disable=None if progress else True)
         self._say = progress and self._bar.disable
@@ -221,6 +255,9 @@ class Download:
             if thread.is_alive():  # one that waits for a silent server ends with the process
                 thread.join(timeout=max(until - time.monotonic(), 0))
         self._bar.close()
+        with contextlib.suppress(OSError):  # a full disk, which is said already; notes remain
+            self._manifest.flush()
+            self._drop(list(self._noted))
 
     def __iter__(self) -> Iterator[tuple[SubjectFiles, str]]:
         """Each subject with "", or with the reason why its scans cannot be had."""
@@ -394,12 +431,26 @@ class Download:
         return error
 
     def _record(self, whole: dict[str, dict[str, Any]]) -> None:
-        """Enter files into the manifest, then drop their notes."""
+        """Enter files into the manifest; their notes go when it is written.
+
+        A kill before that costs another look at the files: their notes say whose they are.
+        """
         fresh = {name: entry for name, entry in whole.items() if self._manifest.file(name) != entry}
-        if fresh:
-            self._manifest.update(lambda content: content["files"].update(fresh))
-        for name in whole:
-            part_paths(self.root / name)[1].unlink(missing_ok=True)
+        notes = [part_paths(self.root / name)[1] for name in whole]
+        with self._lock:
+            before = list(self._noted)  # of entries that the next writing is sure to hold
+        if fresh and self._manifest.update(lambda content: content["files"].update(fresh),
+                                           later=True):
+            self._drop(before + notes)
+        else:
+            with self._lock:
+                self._noted += notes
+
+    def _drop(self, notes: list[Path]) -> None:
+        for note in notes:
+            note.unlink(missing_ok=True)
+        with self._lock:
+            self._noted = [note for note in self._noted if note not in notes]
 
     def _count(self, got: int, needed: int) -> None:
         """Note bytes that came, and bytes that turn out to be needed or not."""

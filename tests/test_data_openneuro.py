@@ -1006,6 +1006,36 @@ def test_two_writers_of_a_manifest_lose_nothing(tmp_path):
     assert third.content["files"] == {"a": {"size": 1}, "b": {"size": 2}}
 
 
+def test_a_change_that_waits_survives_the_writing_of_others(tmp_path):
+    first, second = download.Manifest(tmp_path, "1.0.0"), download.Manifest(tmp_path, "1.0.0")
+    assert first.update(lambda content: content["files"].update(a={"size": 1}), later=True)
+    assert not first.update(lambda content: content["files"].update(b={"size": 2}), later=True)
+    assert second.update(lambda content: content["files"].update(c={"size": 3}))
+    first.refresh()
+    assert set(first.content["files"]) == {"a", "b", "c"}
+    assert set(json.loads(first.path.read_text())["files"]) == {"a", "c"}
+    first.flush()
+    assert set(json.loads(first.path.read_text())["files"]) == {"a", "b", "c"}
+
+
+def test_small_files_share_a_writing_of_the_manifest_and_a_kill_before_it_loses_none(
+        crowd, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "SYNC_EVERY_S", 60)
+    crowd.log.clear()
+    with Archive(crowd.api_url, crowd.s3_url, QUICK) as archive:
+        plan = make_plan(archive.snapshot(f"{DATASET}:1.0.0"))
+        killed = Download(archive, plan, tmp_path, keep=True, ahead=8, progress=False)
+        assert all(not reason for _, reason in killed)  # and never closed
+    known = json.loads((tmp_path / DATASET / "manifest.json").read_text())["files"]
+    notes = {p.name for p in (tmp_path / DATASET).rglob("*.part.json")}
+    assert len(known) < 17 and len(notes) >= 17 - len(known)
+    crowd.log.clear()
+    assert set(fetch(crowd, tmp_path).values()) == {""}
+    assert not crowd.requests(place="s3")
+    assert len(json.loads((tmp_path / DATASET / "manifest.json").read_text())["files"]) == 17
+    assert not list((tmp_path / DATASET).rglob("*.part*"))
+
+
 def test_shards_share_a_manifest(tree, tmp_path):
     with (OpenNeuro({DATASET: {"1.0.0": tree}}, edit=lambda e: {**e, "size": None}) as server,
           Archive(server.api_url, server.s3_url, QUICK) as archive):
