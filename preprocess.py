@@ -21,6 +21,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,10 +37,10 @@ import console
 from data import bids, brain, shards, store
 from data.bids import Subject
 from data.hdbet import ensure_weights
-from data.ledger import Ledger
+from data.ledger import Ledger, merge_sources
 from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
-from data.sources import Arrival, Person, Seen, Snapshots, Trees
+from data.sources import Arrival, Person, Snapshots, Trees
 from data.subject import Settings, prepare
 from data.workers import Workers
 from report.preprocessing import look_at, preprocessing_page
@@ -62,6 +63,14 @@ class Task:
     settings: Settings
     device: str
     out: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why a session was skipped, "" if it was not, and whether the next run need not try again."""
+
+    reason: str = ""
+    is_lasting: bool = True
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -147,9 +156,9 @@ def _default_workers(on_gpu: bool) -> int:
 
 def _check_args(args: argparse.Namespace) -> None:
     """Refuse what would fail hours later."""
-    if args.size < 32 or args.size % 4:
-        raise ValueError(f"--size {args.size}: must be a multiple of 4 and at least 32; try "
-                         f"{max(32, round(args.size / 4) * 4)}")
+    if not 32 <= args.size <= 1024 or args.size % 4:
+        raise ValueError(f"--size {args.size}: must be a multiple of 4 from 32 to 1024; try "
+                         f"{min(max(32, round(args.size / 4) * 4), 1024)}")
     if not 0.3 <= args.spacing <= 8:
         raise ValueError(f"--spacing {args.spacing}: must be 0.3 to 8 mm; try 1.5")
     if not 0 < args.min_brain_area <= 1:
@@ -190,26 +199,36 @@ def main(argv: list[str] | None = None) -> int:
     if args.merge is not None:
         return merge(args.out, args.merge or [args.out])
     with open_source(args) as source:
-        everybody = source.people
-        select(source, args)
+        if limit := min(filter(None, (args.limit, args.simulate)), default=None):
+            source.take(source.people[:limit], unpaired=False)
+        everybody, job = source.people, source.identity()
+        if args.shard:
+            source.take(args.shard.share(everybody), unpaired=True)
         if args.list:
             log.info("%s", "\n".join(source.listing()))
             return console.DONE
-        return build(args, source, everybody)
+        return build(args, source, everybody, job)
 
 
-def build(args: argparse.Namespace, source: Source, everybody: list[Person]) -> int:
-    """Make what is missing and pack it, or leave a shard's parts for `--merge`."""
+def build(args: argparse.Namespace, source: Source, everybody: list[Person],
+          job: dict[str, Any]) -> int:
+    """Make what is missing and pack it, or leave a shard's parts for `--merge`.
+
+    `everybody` and `job` are those of all shards.
+    """
     settings = Settings(args.size, args.spacing, args.min_brain_area, tuple(args.brain_ml),
                         args.seed)
     header = {**settings.record(), "split": [float(s) for s in args.split]}
-    choice = {"split": list(args.split), "val": args.val, "test": args.test}
-    with _writer(args.out, shared=bool(args.shard)):
+    choice = {"split": list(args.split), "val": args.val, "test": args.test,
+              "brain_extraction": _method(args), "brain_ml": list(args.brain_ml), "of": job}
+    with _writer(args.out, shared=bool(args.shard)), contextlib.ExitStack() as held:
         if args.shard:
-            _begin_shard(args.out, args.shard)
+            held.enter_context(_begin_shard(args.out, args.shard))
         else:
             store.recover(args.out)
         before = store.check_settings(args.out, header)
+        for folder in source.folders:  # two runs would delete each other's files
+            held.enter_context(_use(folder, args.out, args.shard, args.keep_downloads))
         check_names(args, everybody)
         ledger = Ledger(args.out, _method(args), settings, source.missing)
         work(source, ledger, args, settings)
@@ -217,25 +236,30 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person]) -> 
         record = Record(header, choice, ledger.made, ledger.skipped)
         if args.shard:
             return _end_shard(args.out, args.shard, record)
-        kept = finish(args.out, record, before)
-    return console.LEFT_OUT if set(ledger.skipped) - kept else console.DONE
+        finish(args.out, record, before)
+    return console.LEFT_OUT if ledger.skipped else console.DONE
 
 
 def merge(out: Path, folders: list[Path]) -> int:
     """`--merge`: pack what the shards have made, as one run would have."""
     with _writer(out):
         store.recover(out)
+        shutil.rmtree(out / shards.PACKED, ignore_errors=True)
         record = shards.read_records(list(dict.fromkeys(folders)))
         if record is None:
-            raise ValueError(f"{', '.join(map(str, folders))}: no shard has finished there; run "
-                             "preprocess.py --shard 1/4 and so on first")
+            if not (out / "store.json").exists():
+                raise ValueError(f"{', '.join(map(str, folders))}: no shard has finished there; "
+                                 "run preprocess.py --shard 1/4 and so on first")
+            log.info("nothing to merge: no shard has left a record that is not packed")
+            _print_table(out, {}, [])
+            return console.DONE
         for tool, found in sorted(shards.differing_versions(folders).items()):
             log.warning("note: shards had %s %s", tool, " and ".join(sorted(found)))
         before = store.check_settings(out, record.header)
         shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], record.recipes)
-        kept = finish(out, record, before)
+        finish(out, record, before)
         shards.forget(out)
-    return console.LEFT_OUT if set(record.skipped) - kept else console.DONE
+    return console.LEFT_OUT if record.skipped else console.DONE
 
 
 def _method(args: argparse.Namespace) -> str:
@@ -243,10 +267,27 @@ def _method(args: argparse.Namespace) -> str:
     return f"{method}+tta" if args.tta and method == "hd-bet" else method
 
 
-def _begin_shard(out: Path, shard: Shard) -> None:
+@contextlib.contextmanager
+def _begin_shard(out: Path, shard: Shard) -> Iterator[None]:
+    """Hold a shard for this process, and take its record back."""
     if (out / store.COMMIT).exists():
         raise ValueError(f"{out}: a write was interrupted; run preprocess.py --merge again first")
-    shards.drop_record(out, shard)
+    path = shards.lock_path(out, shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path, False, f"{out}: another preprocess.py works on shard {shard}"):
+        shards.drop_record(out, shard)
+        yield
+
+
+@contextlib.contextmanager
+def _use(folder: Path, out: Path, shard: Shard | None, keep: bool) -> Iterator[None]:
+    """Hold a dataset's folder of downloads: for this run, or beside other shards of its job."""
+    if folder.resolve() == out.resolve():
+        raise ValueError(f"--out {out}: is the folder of a dataset's downloads; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    said = f"{folder}: another preprocess.py downloads there; choose another --downloads"
+    with _lock(folder / ".lock", bool(shard) or keep, said):
+        yield
 
 
 def _end_shard(out: Path, shard: Shard, record: Record) -> int:
@@ -284,14 +325,6 @@ def open_source(args: argparse.Namespace) -> Iterator[Source]:
             raise ValueError(f"--bids: two trees are called '{twice.pop()}', and the folder's name "
                              "is the dataset's; rename one")
         yield Trees(roots)
-
-
-def select(source: Source, args: argparse.Namespace) -> None:
-    """Reduce a source to the subjects that this run is about."""
-    if limit := min(filter(None, (args.limit, args.simulate)), default=None):
-        source.take(source.people[:limit], unpaired=False)
-    if args.shard:
-        source.take(args.shard.share(source.people), unpaired=True)
 
 
 def check_names(args: argparse.Namespace, people: list[Person]) -> None:
@@ -347,20 +380,20 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
             workers.wait()  # so that two datasets are never on disk at once
             load()
 
-        def known(sessions: list[Subject], what: Seen) -> bool:
-            found = (ledger.remembers(sessions, what) if isinstance(what, str)
-                     else ledger.knows(sessions, *what))
+        def known(sessions: list[Subject], snapshot: str, hashes: dict[Path, str] | None,
+                  note: dict[str, Any]) -> bool:
+            found = ledger.knows(sessions, snapshot, hashes, note)
             progress.pass_over(len(sessions) if found else 0)
             return found
 
-        def settle(arrival: Arrival, reasons: dict[str, str]) -> None:
-            failed = {name: why for name, why in reasons.items() if why}
-            for name, why in reasons.items():
-                progress.say(name, why)
-            for name, why in failed.items():
-                ledger.skip(name, why)
-            arrival.release({name: {"recipe": ledger.recipes[name], "reason": why}
-                             for name, why in failed.items()})
+        def settle(arrival: Arrival, outcomes: dict[str, Outcome]) -> None:
+            for name, outcome in outcomes.items():
+                progress.say(name, outcome.reason)
+                if outcome.reason:
+                    ledger.skip(name, outcome.reason)
+            arrival.release({name: {"recipe": ledger.recipes[name], "reason": outcome.reason}
+                             for name, outcome in outcomes.items()
+                             if outcome.reason and outcome.is_lasting})
 
         for arrival in source.arrivals(known, begin):
             if arrival.reason:
@@ -407,19 +440,20 @@ def _extractor(method: str, device: str) -> Callable:
     return brain.make_extractor(method, device=device)
 
 
-def make_parts(task: Task) -> dict[str, str]:
-    """Prepare sessions and store their parts; id to why it was skipped, "" if it was not."""
+def make_parts(task: Task) -> dict[str, Outcome]:
+    """Prepare sessions and store their parts; id to why it was skipped, and whether for good."""
     extractor = None if task.method == "mask" else _extractor(task.method, task.device)
-    reasons = {}
+    outcomes = {}
     for session in task.sessions:
         try:
             part = prepare(session, task.method, task.settings, extractor)
         except (ValueError, FileNotFoundError) as error:
-            reasons[session.id] = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).replace(f"{session.root}{os.sep}", "")
+            outcomes[session.id] = Outcome(reason, not isinstance(error, brain.NoMemory))
             continue
         store.write_part(task.out, part, snapshot=task.snapshot)
-        reasons[session.id] = ""
-    return reasons
+        outcomes[session.id] = Outcome()
+    return outcomes
 
 
 # ------------------------------------------------------------------------------------ finishing
@@ -445,12 +479,12 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]
         val=record.choice["val"], test=record.choice["test"], settled=settled)
     table = [{**row, "split": splits[row["dataset"], row["subject"]]} for row in rows.values()]
     ours = {*record.recipes, *record.skipped}
-    reasons = {r["id"]: r["reason"] for r in store.read_table(out / "skipped.tsv")
-               if r["id"] not in ours}
+    reasons = {name: why for name, why in (store.read_skipped(out) if before else {}).items()
+               if name not in ours}
     reasons.update(record.skipped)
     header = {**record.header,
-              "sources": _merge_sources((before or {}).get("sources", []),
-                                        record.header["sources"])}
+              "sources": merge_sources((before or {}).get("sources", []), record.header["sources"],
+                                       settled_rows, record.recipes)}
     if before and not fresh:
         header["versions"] = before.get("versions", {})
     if fresh or _differs(out, before, header, table, reasons):
@@ -466,14 +500,9 @@ def _differs(out: Path, before: dict[str, Any] | None, header: dict[str, Any],
     if before is None:
         return True
     splits = {r["id"]: r["split"] for r in store.read_table(out / "subjects.tsv")}
-    skips = {r["id"]: r["reason"] for r in store.read_table(out / "skipped.tsv")}
+    skips = store.read_skipped(out)
     return (any(before.get(key) != header[key] for key in header)
             or splits != {r["id"]: r["split"] for r in table} or skips != reasons)
-
-
-def _merge_sources(old: list[dict], new: list[dict]) -> list[dict]:
-    merged = {s["dataset"]: s for s in old} | {s["dataset"]: s for s in new}
-    return [merged[name] for name in sorted(merged)]
 
 
 def _versions() -> dict[str, str]:
@@ -557,7 +586,7 @@ def draw(out: Path, *, again: bool = True) -> int:
     opened = store.SliceStore(out)
     shown = [look_at(row, functools.partial(opened.of_subject, subject)) for row, subject in zip(
         store.read_table(out / "subjects.tsv"), opened.subjects)]
-    skipped = {r["id"]: r["reason"] for r in store.read_table(out / "skipped.tsv")}
+    skipped = store.read_skipped(out)
     datasets = ", ".join(sorted({s["dataset"] for s in opened.subjects}))
     text = preprocessing_page(shown, skipped, f"Slices of {datasets}")
     store.write_atomically(page, (mark + text).encode())
@@ -574,7 +603,7 @@ def _writer(folder: Path, *, shared: bool = False) -> Iterator[None]:
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _lock(folder, shared):
+        with _lock(folder, shared, f"{folder}: another preprocess.py is writing there"):
             yield
     finally:
         if fresh and not any(folder.iterdir()):
@@ -582,19 +611,19 @@ def _writer(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, shared: bool) -> Iterator[None]:
+def _lock(path: Path, shared: bool, said: str) -> Iterator[None]:
+    """Lock a folder, or a file that is made if it is missing; `said` if another process has it."""
     try:
         import fcntl
     except ImportError:  # Windows: the user has to see to it
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another preprocess.py is writing there; wait for it") from None
+            raise ValueError(f"{said}; or wait for it") from None
         except OSError:  # a file system without locks
             pass
         yield

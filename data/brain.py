@@ -19,6 +19,12 @@ from data.volume import NEGATIVE_SHARE, Volume, grid_of, read_volume, resample, 
 METHODS = ("hd-bet", "deepbet", "mask", "none")
 ADULT_ML = (800.0, 2000.0)  # brains of adults, with room for atrophy and for the cortical CSF
 MAX_STRAY_SHARE = 0.1  # of a mask may lie apart from its largest piece
+
+
+class NoMemory(ValueError):
+    """A scan that could not be extracted for want of memory; another time it may be."""
+
+
 Extractor = Callable[[Volume], np.ndarray]
 
 
@@ -157,6 +163,9 @@ def _deepbet(device: str) -> Extractor:
         try:
             return _run_deepbet(network, volume.data)
         except (AssertionError, ValueError, RuntimeError) as error:  # found nothing like a head
+            if "of memory" in str(error):
+                raise NoMemory(f"{volume.path}: no memory left for deepbet; run again with fewer "
+                               "--workers, or with --device cpu") from None
             raise ValueError(f"{volume.path}: deepbet found no brain ({error}); "
                              "look at the scan") from None
 

@@ -190,8 +190,9 @@ class Download:
     ahead : subjects on disk at a time
     keep : leave the files where they are when a subject is finished; files that were there before
         stay in any case
-    done : asked for each subject that an earlier run has finished and deleted, with the SHA-256 of
-        its scans by path and the note; False fetches it anew. By default it is left alone.
+    done : asked for each subject, with the SHA-256 of its scans by path (None unless an earlier run
+        has finished and deleted it) and the note of then; False fetches it. By default who was
+        finished is left alone.
     connections : files at a time
     progress : show a bar over all bytes (on a terminal), or a line a subject
 
@@ -208,7 +209,7 @@ class Download:
 
     def __init__(self, archive: Archive, plan: Plan, folder: Path, *, ahead: int = 2,
                  keep: bool = False, connections: int = 4, progress: bool = True,
-                 done: Callable[[SubjectFiles, dict[Path, str], dict[str, Any]], bool]
+                 done: Callable[[SubjectFiles, dict[Path, str] | None, dict[str, Any]], bool]
                  | None = None):
         self.plan, self.keep, self.ahead = plan, keep, max(ahead, 1)
         self.root = folder / plan.snapshot.dataset
@@ -218,9 +219,9 @@ class Download:
             place(self.root, file.name)
         self.root.mkdir(parents=True, exist_ok=True)
         self._manifest = Manifest(self.root, self._tag)
-        self.finished = [s for s in plan.subjects if self._manifest.finished(s.subject)
-                         and (hashes := self.hashes(s)) is not None
-                         and (done is None or done(s, hashes, self.noted(s)))]
+        done = done or (lambda subject, hashes, note: hashes is not None)
+        self.finished = [s for s in plan.subjects if done(
+            s, self.hashes(s) if self._manifest.finished(s.subject) else None, self.noted(s))]
         past = {s.subject for s in self.finished}
         self._todo = [s for s in plan.subjects if s.subject not in past]
         self._held: set[str] = set()
@@ -265,7 +266,7 @@ class Download:
         for thread in self._threads:
             thread.start()
         for subject in () if self.keep else self.finished:
-            self._delete(subject)  # what a kill between mark and deletion has left
+            self._clean(subject)  # what a kill before the mark, or before the deletion, has left
         self._submit(_Group(None, self.plan.common, len(self.plan.common)))
         waiting, under_way, common = deque(self._todo), 0, 1
         while waiting or under_way or common:
@@ -291,15 +292,22 @@ class Download:
         """
         if subject.subject not in self._held:
             return
-        if not self.keep and self._is_ours(subject):
-            def mark(content: dict[str, dict]) -> None:
-                entries = {f.name: content["files"].pop(f.name) for f in subject.files
+        if not self.keep:
+            ours = self._ours(subject)
+            scans = {name for scan in subject.scans for name in scan[1:]}
+            whole = scans <= {file.name for file in ours}  # others' may change, and are looked at
+
+            def mark(content: Content) -> None:
+                entries = {f.name: content["files"][f.name] for f in subject.files
                            if f.name in content["files"]}
-                content["subjects"][subject.subject] = {"time": _now(), "files": entries,
-                                                        "note": note or {}}
+                for file in ours:
+                    content["files"].pop(file.name, None)
+                if whole:
+                    content["subjects"][subject.subject] = {"time": _now(), "files": entries,
+                                                            "note": note or {}}
 
             self._manifest.update(mark)
-            self._delete(subject)
+            self._delete(ours)
         self._held.discard(subject.subject)
         self._ready.put(None)
 
@@ -351,13 +359,8 @@ class Download:
         reason = "; ".join(f"{name}: {failed[name]}" for name in sorted(scans & failed.keys()))
         if not reason:
             self._held.add(subject.subject)
-        elif not self.keep and self._is_ours(subject):
-            def forget(content: dict[str, dict]) -> None:
-                for file in subject.files:
-                    content["files"].pop(file.name, None)
-
-            self._manifest.update(forget)
-            self._delete(subject)
+        elif not self.keep:
+            self._clean(subject)
         if self._say:
             self._say_where(subject, reason)
         return reason
@@ -376,13 +379,32 @@ class Download:
             log.warning("%s %s: not to be had, and not needed (%s)", self.plan.snapshot.dataset,
                         name, why)
 
-    def _is_ours(self, subject: SubjectFiles) -> bool:
-        """Whether nobody else has put a subject's files there: those are not ours to delete."""
-        return all(self._manifest.file(file.name).get("url") != "" for file in subject.files)
+    def _ours(self, subject: SubjectFiles) -> list[File]:
+        """A subject's files that we have fetched: others' are not ours to delete."""
+        return [file for file in subject.files if self._manifest.file(file.name).get("url")
+                or part_paths(self.root / file.name)[1].exists()]
 
-    def _delete(self, subject: SubjectFiles) -> None:
-        """Remove a subject's files, finished or not, and the folders that this empties."""
+    def _clean(self, subject: SubjectFiles) -> None:
+        """Remove what is left of a subject that is done with, or that cannot be had."""
+        ours = self._ours(subject)
+        # Marked files have no entry any more, but are remembered by what they were.
+        marked = self._manifest.finished(subject.subject)
+        ours += [file for file in subject.files if file not in ours and marked.get(
+            file.name, {}).get("url") and not self._manifest.file(file.name)]
+        if known := {file.name for file in ours if self._manifest.file(file.name)}:
+            def forget(content: Content) -> None:
+                for name in known:
+                    content["files"].pop(name, None)
+
+            self._manifest.update(forget)
+        self._delete(ours)
         for file in subject.files:
+            for name in part_paths(self.root / file.name):
+                name.unlink(missing_ok=True)
+
+    def _delete(self, files: list[File]) -> None:
+        """Remove files, finished or not, and the folders that this empties."""
+        for file in files:
             path = place(self.root, file.name)
             for name in (path, *part_paths(path)):
                 name.unlink(missing_ok=True)

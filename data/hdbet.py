@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from data.brain import NoMemory
 from data.volume import Volume
 
 NAME = "brain extraction hd-bet"
@@ -306,8 +307,8 @@ def _blame(path: Path, error: Exception) -> Exception:
     if "CUDA error" in text:  # no later scan would fare better
         return OSError(f"{NAME}: the GPU failed at {path} ({text}); run again, or use --device cpu")
     if isinstance(error, MemoryError) or "of memory" in text or "allocate memory" in text:
-        return ValueError(f"{path}: no memory left for hd-bet ({text}); run again with fewer "
-                          "--workers, or with --device cpu")
+        return NoMemory(f"{path}: no memory left for hd-bet ({text}); run again with fewer "
+                        "--workers, or with --device cpu")
     return ValueError(f"{path}: hd-bet failed ({type(error).__name__}: {text}); look at the scan, "
                       "or give a mask with --brain-extraction mask")
 

@@ -14,6 +14,8 @@ from data.bids import Subject
 from data.store import part_rows, read_header, read_table
 from data.subject import Settings, recipe
 
+OLDER = "of_other_snapshots"  # in a source: ids whose rows are from another snapshot than the rest
+
 log = logging.getLogger("preprocess.ledger")  # the command that shows what this module says
 
 
@@ -31,9 +33,10 @@ class Ledger:
         self.recipes: dict[str, str] = {}
         self.skipped = dict(skipped)
         header = read_header(out)
-        snapshots = {source["dataset"]: source["snapshot"] for source in header.get("sources", [])}
-        self._stored = {row["id"]: {"snapshot": snapshots.get(row["dataset"], ""), **row}
-                        for row in read_table(out / "subjects.tsv")}
+        sources = {source["dataset"]: source for source in header.get("sources", [])}
+        self._stored = {
+            row["id"]: {"snapshot": snapshot_of(sources.get(row["dataset"], {}), row["id"]), **row}
+            for row in read_table(out / "subjects.tsv")}
         self._parts = part_rows(out)
 
     def lacks(self, session: Subject, hashes: dict[Path, str]) -> bool:
@@ -51,19 +54,31 @@ class Ledger:
                      session.id)
         return True
 
-    def knows(self, sessions: list[Subject], hashes: dict[Path, str],
+    def knows(self, sessions: list[Subject], snapshot: str, hashes: dict[Path, str] | None,
               note: dict[str, Any]) -> bool:
-        """Whether sessions whose files are gone are stored, or failed before by the same recipe."""
-        for session in sessions:
-            key, failed = self._key(session, hashes), note.get(session.id)
-            if isinstance(failed, dict) and failed.get("recipe") == key:
-                self.skip(session.id, str(failed.get("reason")))
-            elif not self._holds(session.id, key):
-                return False
-            self.recipes[session.id] = key
+        """Whether sessions are stored already, or failed before by the same recipe.
+
+        Parameters
+        ----------
+        snapshot : that they are of
+        hashes : of their files where those are gone, else None
+        note : id to recipe and reason of what failed then
+        """
+        if self._remembers(sessions, snapshot):
+            return True
+        if hashes is None:
+            return False
+        keys = {session.id: self._key(session, hashes) for session in sessions}
+        failed = {name: note[name] for name in keys if isinstance(note.get(name), dict)
+                  and note[name].get("recipe") == keys[name]}
+        if not all(name in failed or self._holds(name, key) for name, key in keys.items()):
+            return False
+        self.recipes.update(keys)
+        for name, what in failed.items():
+            self.skip(name, str(what.get("reason")))
         return True
 
-    def remembers(self, sessions: list[Subject], snapshot: str) -> bool:
+    def _remembers(self, sessions: list[Subject], snapshot: str) -> bool:
         """Whether sessions of a snapshot are stored, judged by the names of their files alone.
 
         A snapshot never changes, so files of one name are files of one content.
@@ -96,3 +111,29 @@ class Ledger:
     def made(self) -> dict[str, str]:
         """Id to recipe of the sessions that are not left out."""
         return {name: key for name, key in self.recipes.items() if name not in self.skipped}
+
+
+def snapshot_of(source: dict[str, Any], name: str) -> str:
+    """The snapshot that a session's rows are from, by its dataset's source in `store.json`."""
+    return source.get(OLDER, {}).get(name, source.get("snapshot", ""))
+
+
+def merge_sources(old: list[dict[str, Any]], new: list[dict[str, Any]], rows: list[dict[str, str]],
+                  recipes: dict[str, str]) -> list[dict[str, Any]]:
+    """Sources of a store that has grown; rows that stay from another snapshot are named.
+
+    Parameters
+    ----------
+    old, new : sources of the store before and of this run
+    rows : of `subjects.tsv` before
+    recipes : id to recipe of what this run has met: that is of its snapshot now
+    """
+    before = {source["dataset"]: source for source in old}
+    merged = dict(before)
+    for source in new:
+        was = before.get(source["dataset"], {})
+        older = {row["id"]: snapshot_of(was, row["id"]) for row in rows
+                 if row["dataset"] == source["dataset"] and row["id"] not in recipes}
+        older = {name: tag for name, tag in older.items() if tag != source["snapshot"]}
+        merged[source["dataset"]] = {**source, OLDER: older} if older else source
+    return [merged[name] for name in sorted(merged)]

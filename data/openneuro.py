@@ -324,8 +324,9 @@ class Archive:
         ValueError : no such dataset
         """
         query = "query($dataset: ID!) { dataset(id: $dataset) { snapshots { tag } } }"
-        found = self._dataset(query, dataset).get("snapshots") or ()
-        return [str(snapshot["tag"]) for snapshot in found if snapshot]
+        found = self._dataset(query, dataset).get("snapshots")
+        return [str(snapshot.get("tag")) for snapshot in (found if isinstance(found, list) else ())
+                if isinstance(snapshot, dict)]
 
     def addresses(self, snapshot: Snapshot, file: File) -> list[tuple[str, bool]]:
         """Where to look for a file, in this order, and whether that is surely this version.
@@ -342,7 +343,8 @@ class Archive:
 
     def _latest(self, dataset: str) -> str:
         query = "query($dataset: ID!) { dataset(id: $dataset) { latestSnapshot { tag } } }"
-        tag = (self._dataset(query, dataset).get("latestSnapshot") or {}).get("tag")
+        latest = self._dataset(query, dataset).get("latestSnapshot")
+        tag = latest.get("tag") if isinstance(latest, dict) else None
         if not tag:
             raise ValueError(f"{dataset}: has no snapshot")
         log.info("%s: no tag given, taking the latest, %s", dataset, tag)
@@ -362,7 +364,7 @@ class Archive:
             if _FINAL_MESSAGE.search(str(error)):
                 raise ValueError(f"{dataset}: {error}") from None
             raise
-        if not found:
+        if not found or not isinstance(found, dict):
             raise ValueError(f"{dataset}: no such dataset at {self.api_url}")
         return found
 
@@ -402,14 +404,20 @@ class Archive:
         query = (f"query($dataset: ID!, $tag: String!{declared}) "
                  f"{{ snapshot(datasetId: $dataset, tag: $tag) {{ {wanted} }} }}")
 
-        def complete(data: dict[str, Any]) -> bool:
-            found = data.get("snapshot") or {}
-            return all(isinstance(found.get(f"a{i}"), list) for i in range(len(fields)))
+        def listings(data: dict[str, Any]) -> list[list[Any]]:
+            found = data.get("snapshot")
+            lists = [found.get(f"a{i}") if isinstance(found, dict) else None
+                     for i in range(len(fields))]
+            return [entries for entries in lists if isinstance(entries, list)]
+
+        def complete(data: dict[str, Any]) -> bool:  # a null in a list is a file that is not listed
+            found = listings(data)
+            return len(found) == len(fields) and not any(None in entries for entries in found)
 
         data = self._ask(query, {"dataset": dataset, "tag": tag, **trees}, complete)
-        if not complete(data):
+        if len(listings(data)) < len(fields):
             raise ArchiveError(f"{dataset} {tag}: the archive has no listing of it")
-        return [data["snapshot"][f"a{i}"] for i in range(len(fields))]
+        return listings(data)
 
     def _ask(self, query: str, variables: dict[str, str],
              complete: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -434,7 +442,7 @@ class Archive:
 def _endpoint(url: str) -> str:
     """A GraphQL address from what a user may give: with or without `/crn/graphql`."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+    if parts.scheme not in ("http", "https") or parts.query or not _is_address(url):
         raise ValueError(f"--api-url {url}: not an address of an API; write "
                          f"{API_URL} or http://localhost:8000/crn/graphql")
     path = parts.path.rstrip("/")
@@ -450,16 +458,18 @@ def _read_answer(response: httpx.Response,
         raise Retry(f"HTTP {response.status_code}", retry_after(response))
     try:
         answer = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         reason = f"HTTP {response.status_code} without JSON, so not a GraphQL endpoint"
         raise Refused(reason) if response.status_code >= 300 else Retry(reason)
     data: dict[str, Any] = answer["data"] if isinstance(answer.get("data"), dict) else {}
-    errors = [e for e in answer.get("errors") or () if isinstance(e, dict)]
+    found = answer.get("errors")
+    errors = [e for e in (found if isinstance(found, list) else ()) if isinstance(e, dict)]
     if errors and not complete(data):
         reason = "; ".join(dict.fromkeys(str(e.get("message")) for e in errors))
-        codes = {(e.get("extensions") or {}).get("code") for e in errors}
+        codes = {str(e["extensions"].get("code")) for e in errors
+                 if isinstance(e.get("extensions"), dict)}
         final = codes & _FINAL_CODES or _FINAL_MESSAGE.search(reason)
         # The others are its workers' timeouts (#3695, #3726), which come in a 200.
         raise Refused(reason) if final or response.status_code >= 400 else Retry(reason)
@@ -485,7 +495,9 @@ def _sort_entries(entries: Iterable[Any], prefix: str) -> tuple[dict[str, File],
             if _FOLDER.fullmatch(name) and key:
                 folders[name] = key
         elif "/" not in name or _FOLDER.fullmatch(name.rpartition("/")[0]):
-            urls = tuple(url for url in entry.get("urls") or () if _is_address(url))
+            given = entry.get("urls")
+            urls = tuple(url for url in (given if isinstance(given, list) else ())
+                         if _is_address(url))
             files[name] = File(name, key, _read_size(entry.get("size")), urls)
     return files, folders
 

@@ -18,6 +18,7 @@ from typing import Any
 from data.store import PARTS, part_rows, read_table, write_atomically
 
 FOLDER = "shards"
+PACKED = "shards.packed"  # what FOLDER is called while it is removed
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Record:
     Attributes
     ----------
     header : `store.json` without counts
-    choice : split, val and test as asked for
+    choice : what was asked for beside: splits, brain extraction, datasets and their subjects
     recipes : id to recipe of all that could be prepared
     skipped : id to reason
     """
@@ -71,6 +72,11 @@ def write_record(folder: Path, shard: Shard, record: Record) -> None:
     path = _path(folder, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(asdict(record), indent=1) + "\n").encode())
+
+
+def lock_path(folder: Path, shard: Shard) -> Path:
+    """A file to lock by who works on a shard."""
+    return _path(folder, shard).with_suffix(".lock")
 
 
 def drop_record(folder: Path, shard: Shard) -> None:
@@ -153,8 +159,10 @@ def gather(folder: Path, others: Sequence[Path], recipes: dict[str, str]) -> Non
 
 
 def forget(folder: Path) -> None:
-    """Remove the records of a job that is packed."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    """Remove the records of a job that is packed: all at once, whenever a kill comes."""
+    if (folder / FOLDER).is_dir():
+        os.replace(folder / FOLDER, folder / PACKED)
+        shutil.rmtree(folder / PACKED)
 
 
 def _path(folder: Path, shard: Shard) -> Path:
@@ -164,7 +172,8 @@ def _path(folder: Path, shard: Shard) -> Path:
 def _read(path: Path) -> Record:
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
-        record.header["sources"], record.header["versions"], record.recipes.items()
+        [source["dataset"] for source in record.header["sources"]]
+        record.header["versions"].items(), record.recipes.items(), record.skipped.items()
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path}: not a shard's record; delete it and run that shard again"
                          ) from None

@@ -7,6 +7,8 @@ files are there, and describe where they are from afterwards.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,9 +23,9 @@ from data.openneuro import Archive, SubjectFiles, make_plan, parse_spec, size_te
 from data.subject import sha256
 
 Person = tuple[str, str]  # dataset and subject label
-# What is known of files that are not there: their snapshot, or their hashes and what was noted.
-Seen = str | tuple[dict[Path, str], dict[str, Any]]
-Known = Callable[[list[Subject], Seen], bool]
+# Asked with a subject's sessions, their snapshot, and of files that were used and deleted: their
+# hashes and what was noted of them.
+Known = Callable[[list[Subject], str, dict[Path, str] | None, dict[str, Any]], bool]
 
 
 def _nothing(note: dict[str, Any]) -> None:
@@ -101,6 +103,15 @@ class Trees:
         """Each dataset's licence, DOI and version."""
         return [bids.describe(root, name) for root, name in self._roots]
 
+    def identity(self) -> dict[str, Any]:
+        """Which subjects of which datasets: what all shards of a job have in common."""
+        return _identity({name: "" for _, name in self._roots}, self.people)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders that are written to: none."""
+        return []
+
     def promise(self) -> list[str]:
         """Lines before the work: none, as nothing is fetched."""
         return []
@@ -121,7 +132,7 @@ def _arrive(session: Subject) -> Arrival:
                 if scan.is_symlink() and not scan.exists()]
         reason = (f"{lost[0]}: a link to nothing; with DataLad run 'datalad get' on it" if lost
                   else str(error))
-        return Arrival((session,), reason=reason)
+        return Arrival((session,), reason=reason.replace(f"{session.root}/", ""))
 
 
 class Snapshots:
@@ -190,19 +201,15 @@ class Snapshots:
 
         Parameters
         ----------
-        known : asked for sessions that may be stored already, first by their snapshot, then, if
-            an earlier run has finished and deleted them, by their hashes; they are not fetched if
-            it returns True
+        known : asked for each subject; if it is, it is not fetched
         begin : called before a dataset is downloaded
         """
-        for whole in self.plans:
-            root, tag = self._folder / whole.snapshot.dataset, whole.snapshot.tag
-            plan = dataclasses.replace(whole, subjects=tuple(
-                s for s in whole.subjects if self._keep or not known(s.sessions(root), tag)))
+        for plan in self.plans:
+            root, tag = self._folder / plan.snapshot.dataset, plan.snapshot.tag
 
-            def done(subject: SubjectFiles, hashes: dict[Path, str], note: dict[str, Any],
-                     root: Path = root) -> bool:
-                return known(subject.sessions(root), (hashes, note))
+            def done(subject: SubjectFiles, hashes: dict[Path, str] | None, note: dict[str, Any],
+                     root: Path = root, tag: str = tag) -> bool:
+                return not self._keep and known(subject.sessions(root), tag, hashes, note)
 
             with Download(self._archive, plan, self._folder, ahead=self._ahead, keep=self._keep,
                           done=done) as download:
@@ -223,11 +230,27 @@ class Snapshots:
             str(plan), *(f"  sub-{s.subject}  {len(s.files)} files  {size_text(s.size)}"
                          for s in plan.subjects))]
 
+    def identity(self) -> dict[str, Any]:
+        """As `Trees.identity`, with the snapshots."""
+        return _identity({plan.snapshot.dataset: plan.snapshot.tag for plan in self.plans},
+                         self.people)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders that are written to."""
+        return [self._folder / plan.snapshot.dataset for plan in self.plans]
+
     def promise(self) -> list[str]:
         """A line for each dataset before it is downloaded, with the most that it takes on disk."""
         return [str(plan) + ("; kept" if self._keep else
                              f"; at most {size_text(plan.peak_bytes(self._ahead))} on disk at a "
                              f"time ({self._ahead} subjects)") for plan in self.plans]
+
+
+def _identity(datasets: dict[str, str], people: list[Person]) -> dict[str, Any]:
+    text = json.dumps([datasets, people])
+    return {"datasets": datasets, "subjects": len(people),
+            "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def _reasons(missing: dict[str, str], everybody: list[Person], people: list[Person],

@@ -118,7 +118,7 @@ class SliceStore:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing; run preprocess.py again") from None
+            raise FileNotFoundError(f"{path}: missing; {_AGAIN}") from None
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path}: damaged ({error}); {_AGAIN}") from None
 
@@ -159,8 +159,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
     try:
         int(header["size"])
         [int(header["counts"][what][split]) for what in COUNTED for split in ("all", *SPLITS)]
+        [str(source["dataset"]) + source["snapshot"] for source in header["sources"]]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: lacks size or counts; {_AGAIN}") from None
+        raise ValueError(f"{path}: lacks size, counts or sources; {_AGAIN}") from None
     return header
 
 
@@ -175,7 +176,7 @@ def _read_subjects(folder: Path) -> list[dict[str, Any]]:
             subject["first_row"] = int(subject["first_row"])
             subject["n_slices"] = int(subject["n_slices"])
             known = subject["split"] in SPLITS and subject["id"]
-        except ValueError:
+        except (ValueError, TypeError):
             known = None
         if not known:
             raise ValueError(f"{path}: {subject['id']} has a wrong split, first_row or n_slices; "
@@ -306,10 +307,37 @@ def recover(folder: Path) -> None:
     """Complete or forget what an interrupted run left, before anything is read or written."""
     if (folder / COMMIT).exists():
         _complete(folder)
+    _refuse_others(folder)
     ours = [*(f"{name}.new" for name in (*ARRAYS, *TABLES)), f"{COMMIT}.*.tmp",
             f"{PARTS}/*.npz.*.tmp", "shards/*.json.*.tmp", "report.html.*.tmp"]
     for leftover in [path for pattern in ours for path in folder.glob(pattern)]:
         leftover.unlink()
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise ValueError where a store's names are taken by files that are none."""
+    taken = [name for name in (*ARRAYS, *TABLES[1:], "report.html") if (folder / name).exists()]
+    if taken and not (folder / "store.json").exists():
+        raise ValueError(f"{folder}: has a {taken[0]} but no store.json, so it is no slice store, "
+                         "or a damaged one; choose another --out, or delete what is of the store")
+    if (folder / "store.json").exists():
+        SliceStore(folder)
+        read_skipped(folder)
+
+
+def read_skipped(folder: Path) -> dict[str, str]:
+    """Id to reason from `skipped.tsv`.
+
+    Raises
+    ------
+    ValueError : the table is not there, or none
+    """
+    path = folder / "skipped.tsv"
+    rows = read_table(path)
+    if not path.is_file() or path.read_bytes().split(b"\n")[0] != b"id\treason" or any(
+            None in row.values() or None in row for row in rows):
+        raise ValueError(f"{path}: missing or damaged; {_AGAIN}")
+    return {row["id"]: row["reason"] for row in rows}
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -391,7 +419,7 @@ def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
     _write_synced(folder / "skipped.tsv.new", [table(
         ("id", "reason"), [{"id": i, "reason": skipped[i]} for i in sorted(skipped)])])
     done = [f"{s['id']}.npz" for s in rows if s["id"] in fresh]
-    write_atomically(folder / COMMIT, json.dumps({"parts": done}).encode())
+    write_atomically(folder / COMMIT, json.dumps({"format": FORMAT, "parts": done}).encode())
     _complete(folder)
 
 
@@ -431,7 +459,10 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str,
 def _complete(folder: Path) -> None:
     """Carry out a commit; may be interrupted and begun again at any point."""
     try:
-        parts = list(json.loads((folder / COMMIT).read_text(encoding="utf-8"))["parts"])
+        commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+        parts = [str(name) for name in commit["parts"]]
+        if commit["format"] != FORMAT or any(Path(name).name != name for name in parts):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{folder / COMMIT}: not a slice store's file; choose another --out") from None
@@ -506,6 +537,10 @@ def check(folder: Path) -> list[str]:
     """
     store = SliceStore(folder)
     problems = []
+    try:
+        read_skipped(folder)
+    except ValueError as error:
+        problems.append(str(error))
     owner: dict[tuple[str, str], str] = {}
     for subject in store.subjects:
         person = (subject["dataset"], subject["subject"])

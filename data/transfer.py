@@ -123,15 +123,15 @@ def is_passing(status: int) -> bool:
 def retry_after(response: httpx.Response) -> float | None:
     """Seconds that a server asks to wait, from a number or a date; None if it does not."""
     text = response.headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
     try:
+        if text.isdigit():
+            return float(text)
         when = parsedate_to_datetime(text)
-    except ValueError:
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=timezone.utc)
+        return max((when - datetime.now(timezone.utc)).total_seconds(), 0.0)
+    except (ValueError, TypeError, OverflowError):
         return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=timezone.utc)
-    return max((when - datetime.now(timezone.utc)).total_seconds(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Line:
             before = size()
             try:
                 return attempt()
-            except (Retry, httpx.TransportError) as error:
+            except (Retry, httpx.RequestError) as error:
                 tries = 1 if size() - before >= _PROGRESS else tries + 1
                 if tries >= self.patience.attempts:
                     nobody = isinstance(error, (httpx.ConnectError, httpx.TimeoutException))
@@ -276,7 +276,7 @@ class Checker:
     def _check_text(self) -> None:
         try:
             found = json.loads(self._start.decode("utf-8-sig"))
-        except ValueError:
+        except (ValueError, RecursionError):
             if self.name.endswith(".json"):
                 raise Damaged("not JSON") from None
             return
@@ -329,6 +329,8 @@ class Part:
 
     def __init__(self, path: Path, stop: threading.Event):
         self.name, (self.path, self.note) = path.name, part_paths(path)
+        if self.note.is_symlink():  # writing would follow it
+            self.note.unlink()
         self.handle = _open_locked(self.path, stop)
         self.origin, self.checker = read_note(self.note), Checker(self.name)
         self.size = os.fstat(self.handle).st_size
@@ -437,6 +439,7 @@ class Transfer:
                  count: Callable[[int, int], None]):
         self._line, self._file, self._part, self._tag, self._count = line, file, part, tag, count
         self._expected = file.size or 0
+        self._damaged: set[str] = set()  # MD5s of contents that were stored like that
         self._expect(part.origin.get("length") or self._expected)
         count(0, -part.size)
 
@@ -478,19 +481,38 @@ class Transfer:
             facts = part.checker.finish()
             self._verify(facts)
         except Damaged as error:
+            stored = self._md5_as_stored()
+            again = stored in self._damaged
+            self._damaged |= {stored} - {""}
             self._forget()
+            if again:  # what is damaged there does not get better by asking a third time
+                raise Refused(f"{error}, and so it is stored") from None
             raise Retry(str(error)) from None
         if not is_exact and not file.digest and file.size and file.size != facts["size"]:
             self._forget()
             raise Refused(f"has {facts['size']} bytes there, {file.size} in this snapshot")
         return facts
 
+    def _md5_there(self) -> str:
+        """The MD5 that the server gives, "" if it gives none."""
+        etag = str(self._part.origin.get("etag", "")).strip('"').lower()
+        # The ETag of what S3 got in several pieces is no MD5; it ends in their number.
+        return etag if re.fullmatch("[0-9a-f]{32}", etag) else ""
+
+    def _md5_as_stored(self) -> str:
+        """The MD5 of the bytes that came if they are what the server has, by its own, else ""."""
+        part = self._part
+        if not part.size or part.size != part.origin.get("length"):
+            return ""
+        digest = hashlib.md5(usedforsecurity=False)
+        with open(part.path, "rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest() if digest.hexdigest() == self._md5_there() else ""
+
     def _verify(self, facts: dict[str, Any]) -> None:
         """Compare with what the API and the server say of the content."""
-        etag = self._part.origin["etag"].strip('"').lower()
-        # The ETag of what S3 got in several pieces is no MD5; it ends in their number.
-        plain = etag if re.fullmatch("[0-9a-f]{32}", etag) else ""
-        kind, expected = self._file.digest or ("md5", plain)
+        kind, expected = self._file.digest or ("md5", self._md5_there())
         if expected and facts[kind] != expected:
             raise Damaged(f"{kind} is {facts[kind]}, should be {expected}")
         if not facts["size"] and self._file.size:  # OpenNeuroOrg/openneuro#3765
@@ -503,8 +525,10 @@ class Transfer:
             headers = {"Range": f"bytes={part.size}-", "If-Range": part.origin["etag"]}
         with self._line.get(url, headers) as response:
             if response.status_code == 416:
-                if response.headers.get("Content-Range") == f"bytes */{part.size}":
+                if part.size and response.headers.get("Content-Range") == f"bytes */{part.size}":
                     return  # we have all there is, whatever Content-Length said before
+                if not part.size:
+                    raise Refused("HTTP 416, although no part was asked for")
                 self._forget()
                 raise Retry("cannot go on where we were", 0.0)
             if is_passing(response.status_code):

@@ -5,11 +5,12 @@ Owns processes only; what they do is the caller's function.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -70,7 +71,8 @@ class Workers:
             self._pool = ProcessPoolExecutor(
                 self.count, multiprocessing.get_context("spawn"), end_with_parent)
         try:
-            future = self._pool.submit(function, item)
+            with _interrupts_ignored():
+                future = self._pool.submit(function, item)
         except BrokenProcessPool as error:
             raise self._explain(error) from None
         future.add_done_callback(lambda finished: self._settle(finished, done))
@@ -108,6 +110,19 @@ class Workers:
             return OSError("a worker process was killed, for want of memory as a rule; run again "
                            "with fewer --workers")
         return error
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Start processes that do not hear Ctrl-C, not even while they import; they inherit this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent() -> None:

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
+import httpx
 import nibabel as nib
 import numpy as np
 import pytest
@@ -1006,6 +1007,67 @@ def test_two_writers_of_a_manifest_lose_nothing(tmp_path):
     assert third.content["files"] == {"a": {"size": 1}, "b": {"size": 2}}
 
 
+@pytest.mark.parametrize("fault", [
+    Fault(status=416, headers={"Content-Range": "bytes */0"}),
+    Fault(status=503, headers={"Retry-After": "Wed, 21 Oct 2099 07:28:00 +9999999999999999999999"}),
+    Fault(status=503, headers={"Retry-After": "2 minutes"}),
+    Fault(body=b"[" * 200_000),
+], ids=["416", "a wild date", "words", "deep JSON"])
+def test_an_answer_beyond_reason_costs_nothing_but_that_answer(server, tree, tmp_path, fault):
+    for name in ("T1w.json", T1W):
+        server.fault("s3", name, fault)
+    assert fetch(server, tmp_path, limit=1) == {"01": ""}
+    assert_whole_or_absent(tmp_path / DATASET, tree)
+    assert (tmp_path / DATASET / "T1w.json").is_file()
+
+
+@pytest.mark.parametrize("answer", [
+    {"errors": 5}, {"errors": [{"message": "m", "extensions": "e"}]},
+    {"errors": [{"message": "m", "extensions": {"code": ["c"]}}]}, {"data": {"snapshot": "s"}},
+    {"data": {"snapshot": {"a0": "none"}}}, [], "text", {"data": 3}])
+def test_an_api_that_answers_nonsense_is_one_error(server, answer):
+    server.fault("graphql", "", Fault(body=json.dumps(answer).encode()), always=True)
+    with Archive(server.api_url, server.s3_url, QUICK) as archive:
+        for ask in (lambda: archive.snapshot(f"{DATASET}:1.0.0"), lambda: archive.tags(DATASET)):
+            with pytest.raises((ArchiveError, ValueError)):
+                ask()
+
+
+def test_a_listing_with_a_hole_and_an_error_is_asked_for_again(tree):
+    holes = [True]
+
+    def edit(entry):
+        if holes and entry["filename"] == T1W:
+            return None
+        return entry
+
+    with OpenNeuro({DATASET: {"1.0.0": tree}}, edit=edit) as running:
+        with Archive(running.api_url, running.s3_url, QUICK) as archive:
+            asked = archive.line.client.post
+
+            def post(*arguments, **options):
+                response = asked(*arguments, **options)
+                if holes and "files" in options["json"]["query"]:
+                    content = {**response.json(), "errors": [{"message": "worker timed out"}]}
+                    response = httpx.Response(200, json=content)
+                    holes.clear()
+                return response
+
+            archive.line.client.post = post
+            names = {file.name for file in archive.snapshot(f"{DATASET}:1.0.0").files}
+    assert T1W in names and not holes
+
+
+def test_a_notes_symbolic_link_is_not_followed(server, tree, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    (tmp_path / DATASET).mkdir()
+    (tmp_path / DATASET / "README.part.json").symlink_to(outside)
+    fetch(server, tmp_path)
+    assert outside.read_text() == "precious"
+    assert (tmp_path / DATASET / "README").read_bytes() == (tree / "README").read_bytes()
+
+
 def test_a_change_that_waits_survives_the_writing_of_others(tmp_path):
     first, second = download.Manifest(tmp_path, "1.0.0"), download.Manifest(tmp_path, "1.0.0")
     assert first.update(lambda content: content["files"].update(a={"size": 1}), later=True)
@@ -1034,6 +1096,7 @@ def test_small_files_share_a_writing_of_the_manifest_and_a_kill_before_it_loses_
     assert not crowd.requests(place="s3")
     assert len(json.loads((tmp_path / DATASET / "manifest.json").read_text())["files"]) == 17
     assert not list((tmp_path / DATASET).rglob("*.part*"))
+    killed.close()
 
 
 def test_shards_share_a_manifest(tree, tmp_path):
@@ -1132,7 +1195,7 @@ def test_a_finished_subject_is_not_fetched_again_unless_the_caller_wants_it(crow
     asked = {}
 
     def done(subject, hashes, note):
-        assert note == {}
+        assert note == {} and hashes
         asked.update({path.name: digest for path, digest in hashes.items()})
         return subject.subject != "3"
 

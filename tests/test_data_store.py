@@ -234,7 +234,8 @@ def commit_state(tmp_path, renamed):
 @pytest.mark.parametrize("renamed", range(7))
 def test_a_commit_interrupted_between_any_two_renames_is_completed(renamed, tmp_path):
     _, after, torn = commit_state(tmp_path, renamed)
-    (torn / store.COMMIT).write_text(json.dumps({"parts": ["ds_sub-a.npz"]}))
+    (torn / store.COMMIT).write_text(
+        json.dumps({"format": store.FORMAT, "parts": ["ds_sub-a.npz"]}))
     with pytest.raises(ValueError, match="interrupted; run preprocess.py again"):
         SliceStore(torn)
     store.recover(torn)
@@ -266,8 +267,28 @@ def test_recovering_touches_no_file_that_is_not_a_stores(tmp_path):
     assert kept.items() <= content(tmp_path).items()
 
 
+@pytest.mark.parametrize("name", ["t1w.npy", "subjects.tsv", "report.html"])
+def test_a_folder_with_somebody_elses_files_of_our_names_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"has a {name} but no store.json, so it is no slice"):
+        store.recover(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_damaged_list_of_the_skipped_is_named(tmp_path):
+    build(tmp_path, [part("a")])
+    for text in (None, "noise", "id\tother\na\tb\n", "id\treason\na\tb\tc\n"):
+        (tmp_path / "skipped.tsv").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "skipped.tsv").write_text(text)
+        assert "skipped.tsv: missing or damaged" in store.check(tmp_path)[0]
+        with pytest.raises(ValueError, match="skipped.tsv: missing or damaged"):
+            store.recover(tmp_path)
+
+
 def test_somebody_elses_commit_file_is_refused_and_kept(tmp_path):
-    for text in ("[]", '{"sha": 1}', "hello"):
+    for text in ("[]", '{"sha": 1}', "hello", '{"parts": []}',
+                 json.dumps({"format": store.FORMAT, "parts": ["../notes.npz"]})):
         (tmp_path / "commit.json").write_text(text)
         with pytest.raises(ValueError, match="commit.json: not a slice store's file"):
             store.recover(tmp_path)
@@ -326,7 +347,7 @@ REFUSED = {
     "another format": (lambda f: edit_json(f, format="zarr"), "format zarr version 1"),
     "no JSON": (lambda f: (f / "store.json").write_text("hello"), "not a slice store's header"),
     "a JSON list": (lambda f: (f / "store.json").write_text("[1]"), "not a slice store's header"),
-    "no counts": (lambda f: edit_json(f, counts={}), "lacks size or counts"),
+    "no counts": (lambda f: edit_json(f, counts={}), "lacks size, counts or sources"),
     "other counts": (lambda f: edit_json(f, size=SIZE + 4), r"t1w.npy: is \(7, 36, 36\)"),
     "too few rows": (save_as("t2w.npy", lambda a: a[:-1]), r"t2w.npy: is \(6, 36, 36\)"),
     "another type": (save_as("t1w.npy", lambda a: a.astype("f4")), "float32, store.json says"),

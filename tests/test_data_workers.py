@@ -125,3 +125,22 @@ def test_workers_end_when_their_parent_is_killed():
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
+
+
+def test_ctrl_c_while_workers_are_starting_is_heard_by_the_parent_alone():
+    process = subprocess.Popen(
+        [sys.executable, "-c",
+         "import time, sys\n"
+         "from data.workers import Workers\n"
+         "try:\n"
+         "    with Workers(2) as workers:\n"
+         "        workers.submit(time.sleep, 9, print)\n"
+         "        print('started', flush=True)\n"
+         "        time.sleep(30)\n"
+         "except KeyboardInterrupt:\n"
+         "    print('heard')"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+    assert process.stdout.readline() == "started\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (out, err) == ("heard\n", "")

@@ -262,7 +262,7 @@ def test_a_mended_subject_joins_and_leaves_the_list_of_the_skipped(small_tree, t
 
 REFUSED = {
     "--size 50": (["--size", "50"], "--size 50: must be a multiple of 4"),
-    "--size 28": (["--size", "28"], "at least 32"),
+    "--size 28": (["--size", "28"], "from 32 to 1024"),
     "--spacing 0": (["--spacing", "0"], "--spacing 0"),
     "--spacing nan": (["--spacing", "nan"], "--spacing nan"),
     "--split": (["--split", ".5", ".5", ".5"], "sum to 1"),
@@ -476,7 +476,7 @@ def test_a_stored_subject_whose_scan_is_damaged_later_keeps_its_rows(small_tree,
     assert run(tmp_path / "out", tmp_path / "heads").code == 0
     before = rows_of(tmp_path / "out", "heads_sub-02")[0]
     (tmp_path / "heads" / "sub-02" / "anat" / "sub-02_T1w.nii.gz").write_text("gone")
-    assert run(tmp_path / "out", tmp_path / "heads").code == 0
+    assert run(tmp_path / "out", tmp_path / "heads").code == 3
     assert rows_of(tmp_path / "out", "heads_sub-02")[0] == before
     assert "not a NIfTI file" in skipped(tmp_path / "out")["heads_sub-02"]
 

@@ -163,6 +163,107 @@ def test_another_snapshot_is_fetched_though_its_names_are_stored(archive, tmp_pa
     assert SliceStore(tmp_path / "slices").header["sources"][0]["snapshot"] == "1.1.0"
 
 
+@pytest.fixture
+def two_snapshots(archive, tmp_path, monkeypatch):
+    """ds000002 1.0.0, and 1.1.0 where every T1w is another."""
+    newer = tmp_path / "newer" / NAMES[1]
+    shutil.copytree(archive / NAMES[1], newer)
+    for n, label in enumerate(("01", "06", "07")):
+        write_pair(newer, label, person=n, **HEAD)
+    with OpenNeuro({NAMES[1]: {"1.0.0": archive / NAMES[1], "1.1.0": newer}}) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        yield running
+
+
+def test_rows_of_an_older_snapshot_are_never_taken_for_the_newer_ones(two_snapshots, tmp_path):
+    run(tmp_path, f"{NAMES[1]}:1.0.0")
+    run(tmp_path, f"{NAMES[1]}:1.1.0", options=["--limit", "1"])
+    source = SliceStore(tmp_path / "slices").header["sources"][0]
+    assert source["snapshot"] == "1.1.0" and source["of_other_snapshots"] == {
+        "ds000002_sub-06": "1.0.0", "ds000002_sub-07": "1.0.0"}
+    run(tmp_path, f"{NAMES[1]}:1.1.0")
+    run(tmp_path, f"{NAMES[1]}:1.1.0", out="fresh")
+    assert content(tmp_path / "slices") == content(tmp_path / "fresh")
+
+
+def test_a_newer_scan_that_cannot_be_had_is_tried_again(two_snapshots, tmp_path):
+    run(tmp_path, f"{NAMES[1]}:1.0.0")
+    for where in ("s3", "bare", "route"):
+        two_snapshots.fault(where, "sub-06/anat/sub-06_T1w.nii.gz", Fault(status=404), always=True)
+    assert run(tmp_path, f"{NAMES[1]}:1.1.0").code == 3
+    two_snapshots.always.clear()
+    run(tmp_path, f"{NAMES[1]}:1.1.0")
+    run(tmp_path, f"{NAMES[1]}:1.1.0", out="fresh")
+    assert content(tmp_path / "slices") == content(tmp_path / "fresh")
+
+
+def test_want_of_memory_is_not_remembered_as_a_subjects_fault(server, tmp_path, monkeypatch):
+    prepare = preprocess.prepare
+
+    def crowded(session, *arguments):
+        if session.subject == "03":
+            raise preprocess.brain.NoMemory("no memory left")
+        return prepare(session, *arguments)
+
+    monkeypatch.setattr(preprocess, "prepare", crowded)
+    assert "no memory left" in run(tmp_path).out
+    monkeypatch.setattr(preprocess, "prepare", prepare)
+    run(tmp_path)
+    assert "ds000001_sub-03" in {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
+
+
+def test_two_runs_do_not_share_downloads_that_they_would_delete(server, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "downloads" / NAMES[1]).mkdir(parents=True)
+    with open(tmp_path / "downloads" / NAMES[1] / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        result = run(tmp_path)
+        assert result.code == 2 and "another preprocess.py downloads there" in result.complaint
+        assert run(tmp_path, options=["--shard", "1/2"]).code == 3, "shards share"
+        assert run(tmp_path, out="kept", options=["--keep-downloads"]).code == 3
+    assert not server.requests(name="sub-99/anat/sub-99_T1w.nii.gz")
+
+
+def test_one_shard_is_worked_on_by_one_process(archive, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    assert shard(archive, tmp_path / "out", "1/2").code == 3
+    with open(tmp_path / "out" / "shards" / "1-of-2.lock") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert "another preprocess.py works on shard 1/2" in shard(
+            archive, tmp_path / "out", "1/2").complaint
+        assert shard(archive, tmp_path / "out", "2/2").code == 3
+
+
+def test_the_store_cannot_lie_in_a_datasets_folder_of_downloads(server, tmp_path):
+    result = run(tmp_path, NAMES[0], out=f"downloads/{NAMES[0]}")
+    assert result.code == 2 and "is the folder of a dataset's downloads" in result.complaint
+
+
+def test_what_is_stored_as_damaged_is_not_asked_for_again_and_again(archive, tmp_path, monkeypatch):
+    bad = tmp_path / "archive" / NAMES[0]
+    shutil.copytree(archive / NAMES[0], bad)
+    scan = bad / "sub-02" / "anat" / "sub-02_T1w.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:-2000])  # and the server's length and MD5 are of that
+    monkeypatch.setattr(preprocess, "Archive", lambda url: Archive(url, patience=Patience(
+        first_wait_s=0.01)))
+    with OpenNeuro({NAMES[0]: {"1.0.0": bad}}) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        monkeypatch.setenv("OPENNEURO_S3_URL", running.s3_url)
+        result = run(tmp_path, NAMES[0])
+        assert len(running.requests(name="sub-02/anat/sub-02_T1w.nii.gz")) <= 9
+    assert result.code == 3 and "cut off" in result.out
+    assert len(SliceStore(tmp_path / "slices").subjects) == 5
+
+
+def test_files_that_were_there_before_stay_and_ours_beside_them_go(server, archive, tmp_path):
+    mine = tmp_path / "downloads" / NAMES[0] / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    mine.parent.mkdir(parents=True)
+    shutil.copy(archive / NAMES[0] / "sub-01" / "anat" / mine.name, mine)
+    for _ in range(2):
+        assert run(tmp_path).code == 3
+        assert scans(tmp_path) == [mine.name]
+
+
 def test_subjects_that_fail_are_not_downloaded_again_by_the_same_settings(server, tmp_path):
     run(tmp_path, NAMES[0], out="all")
     sizes = {s["id"]: float(s["brain_ml"]) for s in SliceStore(tmp_path / "all").subjects}
@@ -245,6 +346,7 @@ def test_several_workers_hold_a_bounded_number_of_subjects_on_disk(archive, tmp_
     (["--shard", "0/2"], "--shard 0/2: write k/n"),
     (["--api-url", "ftp://x"], "--api-url ftp://x: not an address"),
     (["--val", "77"], "subject '77' of --val or --test is not there"),
+    (["--val", "07", "--limit", "2"], "subject '07' of --val or --test is not there"),
     (["--tta"], "--tta: is HD-BET's"),
     (["--device", "cuda:99", "--brain-extraction", "deepbet"], "--device cuda:99: no such device"),
 ])
@@ -375,7 +477,7 @@ def test_killed_before_any_write_the_next_run_ends_with_the_same_bytes(archive, 
     for trial in trials:
         assert content(trial / "slices") == wanted, trial.name
         left = {p.name for p in (trial / "downloads").rglob("*") if p.is_file()}
-        assert left == {"dataset_description.json", "manifest.json"}, trial.name
+        assert left == {"dataset_description.json", "manifest.json", ".lock"}, trial.name
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -457,6 +559,36 @@ def test_a_merge_without_all_shards_says_which_are_missing(two_shards, tmp_path)
     result = merge(tmp_path / "out", tmp_path)
     assert result.code == 2 and "no shard has finished there" in result.complaint
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_other_subjects_methods_or_snapshots_are_refused(
+        archive, two_snapshots, tmp_path):
+    def part(which, *options, names=NAMES):
+        return run_command(preprocess.main, "--bids", *(archive / name for name in names), "--out",
+                           tmp_path / "out", *SMALL, "--workers", 0, "--shard", which,
+                           "--brain-extraction", "none", *options)
+
+    for options, other in ((["--limit", "4"], {}), (["--brain-ml", "700", "2100"], {}),
+                           ([], {"names": NAMES[:1]})):
+        assert part("1/2").code == 3
+        assert part("2/2", *options, **other).code in (0, 3)
+        result = merge(tmp_path / "out")
+        assert result.code == 2 and "run all shards with the same options" in result.complaint
+    for k, tag in ((1, "1.0.0"), (2, "1.1.0")):
+        run(tmp_path, f"{NAMES[1]}:{tag}", options=["--shard", f"{k}/2"], out="tags")
+    result = merge(tmp_path / "tags")
+    assert result.code == 2 and "run all shards with the same options" in result.complaint
+
+
+def test_a_merge_that_was_killed_while_it_tidied_up_is_done(two_shards, tmp_path, from_disk):
+    out = copies(two_shards, tmp_path)[0]
+    assert merge(out, out, two_shards[1]).code == 3
+    assert content(out) == from_disk
+    (out / "shards.packed").mkdir()
+    (out / "shards.packed" / "2-of-2.json").write_text("{}")
+    result = merge(out)
+    assert result.code == 0 and "nothing to merge" in result.out
+    assert content(out) == from_disk
 
 
 def test_a_lost_part_is_named_and_the_shard_makes_it_again(archive, two_shards, tmp_path,
