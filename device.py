@@ -152,9 +152,27 @@ def start_process(device: str) -> Process:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     if "RANK" in os.environ:  # a group of one, too: then it is the same program as with many
+        store = _own_store(world)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
-                                device_id=where if on_gpu else None)
+                                device_id=where if on_gpu else None, store=store,
+                                rank=rank if store else -1, world_size=world if store else -1)
     return Process(rank, world, where)
+
+
+def _own_store(world: int) -> dist.Store | None:
+    """Where this group finds itself under torchrun: torchrun's own store, below a fresh prefix.
+
+    torchrun keeps one store for all its restarts (seen with torch 2.14), with the addresses of the
+    processes of before in it: who reads one of them in place of the new one waits for ever.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=False, timeout=timedelta(minutes=5))
+    # A failure raises the count of restarts; members that come and go do not, so count them.
+    where = f"group/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"
+    turn = (store.add(f"{where}/arrived", 1) - 1) // world
+    return dist.PrefixStore(f"{where}/{turn}", store)
 
 
 def _end_with_parent() -> None:

@@ -227,9 +227,9 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
         else:
             store.recover(args.out)
         before = store.check_settings(args.out, header)
+        check_names(args, everybody)
         for folder in source.folders:  # two runs would delete each other's files
             held.enter_context(_use(folder, args.out, args.shard, args.keep_downloads))
-        check_names(args, everybody)
         ledger = Ledger(args.out, _method(args), settings, source.missing)
         work(source, ledger, args, settings)
         header |= {"sources": source.describe(), "versions": _versions()}
