@@ -54,6 +54,9 @@ class Manifest:
         self._later: list[Change] = []  # in `content`, not yet on disk
         self._written = 0.0
         self.content: Content = {"files": {}, "subjects": {}}
+        if any(root.glob(f"{MANIFEST}.*.tmp")):
+            with _locked_folder(root):
+                self._sweep()
         self.refresh()
 
     def refresh(self) -> None:
@@ -99,11 +102,15 @@ class Manifest:
             self._later = []
             self._read(again=True)
             content = _changed(self.content, changes)
-            for left in self.path.parent.glob(f"{MANIFEST}.*.tmp"):  # by a killed process
-                left.unlink(missing_ok=True)
+            self._sweep()
             write_atomically(self.path, _manifest_text(self.tag, content).encode())
             self.content, self._seen = content, self._identity()
             self._written = time.monotonic()
+
+    def _sweep(self) -> None:
+        """Remove what a killed process has left; who writes holds the folder's lock."""
+        for left in self.path.parent.glob(f"{MANIFEST}.*.tmp"):
+            left.unlink(missing_ok=True)
 
     def _read(self, again: bool = False) -> None:
         seen = self._identity()
