@@ -93,7 +93,8 @@ class OpenNeuro:
         self.rng = random.Random(seed) if seed is not None else None
         self.lock, self.rate, self.free_at = threading.Lock(), rate, 0.0  # bytes a second
         self.schema = self._schema()
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.archive = self
         self.http.daemon_threads = True
         self.http.handle_error = lambda *_: None  # clients that go away are what this is for
         if tls:
@@ -244,104 +245,101 @@ def _tree_id(root, path):
     return hashlib.sha1(f"tree {path.relative_to(root)}".encode()).hexdigest()
 
 
-def _handler(server):
-    """The request handler's class of a server."""
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the archive of its HTTP server does, faults included."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = 1 << 16
-        disable_nagle_algorithm = True
+    protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16
+    disable_nagle_algorithm = True
 
-        def log_message(self, *_):
-            pass
+    def log_message(self, *_):
+        pass
 
-        def do_POST(self):
-            text = self.rfile.read(int(self.headers["Content-Length"]))
-            fault = self.begin("graphql", "")
-            if fault.status:
-                return self.answer(fault.status, fault.body or b"sorry", fault)
-            asked = json.loads(text)
-            found = graphql_sync(server.schema, asked["query"],
-                                 variable_values=asked.get("variables"))
-            answer = dict(found.formatted)
-            if found.data is None and found.errors and not found.errors[0].path:
-                for error in answer["errors"]:
-                    error["extensions"] = {"code": "GRAPHQL_VALIDATION_FAILED"}
-                return self.answer(400, json.dumps(answer).encode(), fault, "application/json")
-            body = fault.body if fault.body is not None else json.dumps(answer).encode()
-            self.answer(200, body, fault, "application/json")
+    def do_POST(self):
+        text = self.rfile.read(int(self.headers["Content-Length"]))
+        fault = self.begin("graphql", "")
+        if fault.status:
+            return self.answer(fault.status, fault.body or b"sorry", fault)
+        asked = json.loads(text)
+        found = graphql_sync(self.server.archive.schema, asked["query"],
+                             variable_values=asked.get("variables"))
+        answer = dict(found.formatted)
+        if found.data is None and found.errors and not found.errors[0].path:
+            for error in answer["errors"]:
+                error["extensions"] = {"code": "GRAPHQL_VALIDATION_FAILED"}
+            return self.answer(400, json.dumps(answer).encode(), fault, "application/json")
+        body = fault.body if fault.body is not None else json.dumps(answer).encode()
+        self.answer(200, body, fault, "application/json")
 
-        def do_GET(self):
-            place, name, path = server.find(self.path)
-            fault = self.begin(place, name)
-            if fault.redirect:
-                return self.answer(302, b"", Fault(headers={"Location": fault.redirect}))
-            if fault.status:
-                return self.answer(fault.status, fault.body or b"sorry", fault)
-            if path is None or not path.is_file():
-                return self.answer(404, b'{"error": "file not found"}', fault, "application/json")
-            content, digest = _load(path, path.stat().st_mtime_ns)
-            if fault.body is not None:
-                content, digest = fault.body, hashlib.md5(fault.body).hexdigest()
-            etag = fault.headers.get("ETag", f'"{digest}"')
-            headers = {} if place == "route" else {"ETag": etag, "Accept-Ranges": "bytes"}
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            fresh = self.headers.get("If-Range", etag) == etag
-            if wanted and fresh and place != "route" and not fault.ignore_range:
-                start = int(wanted[1])
-                if start >= len(content):
-                    headers["Content-Range"] = f"bytes */{len(content)}"
-                    return self.answer(416, b"", Fault(headers=headers))
-                body = content[start:][:fault.segment]
-                headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(content)}"
-                return self.answer(206, body, fault, headers=headers)
-            self.answer(200, content, fault, headers=headers)
+    def do_GET(self):
+        place, name, path = self.server.archive.find(self.path)
+        fault = self.begin(place, name)
+        if fault.redirect:
+            return self.answer(302, b"", Fault(headers={"Location": fault.redirect}))
+        if fault.status:
+            return self.answer(fault.status, fault.body or b"sorry", fault)
+        if path is None or not path.is_file():
+            return self.answer(404, b'{"error": "file not found"}', fault, "application/json")
+        content, digest = _load(path, path.stat().st_mtime_ns)
+        if fault.body is not None:
+            content, digest = fault.body, hashlib.md5(fault.body).hexdigest()
+        etag = fault.headers.get("ETag", f'"{digest}"')
+        headers = {} if place == "route" else {"ETag": etag, "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        fresh = self.headers.get("If-Range", etag) == etag
+        if wanted and fresh and place != "route" and not fault.ignore_range:
+            start = int(wanted[1])
+            if start >= len(content):
+                headers["Content-Range"] = f"bytes */{len(content)}"
+                return self.answer(416, b"", Fault(headers=headers))
+            body = content[start:][:fault.segment]
+            headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(content)}"
+            return self.answer(206, body, fault, headers=headers)
+        self.answer(200, content, fault, headers=headers)
 
-        def begin(self, place, name):
-            self.record = Request(place, name, self.headers.get("Range"),
-                                  client=self.client_address)
-            with server.lock:
-                server.log.append(self.record)
-            return server.next_fault(place, name)
+    def begin(self, place, name):
+        self.record = Request(place, name, self.headers.get("Range"),
+                              client=self.client_address)
+        with self.server.archive.lock:
+            self.server.archive.log.append(self.record)
+        return self.server.archive.next_fault(place, name)
 
-        def answer(self, status, body, fault, kind="application/octet-stream", headers=None):
-            self.record.status = status
-            sent = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {}),
-                    **fault.headers}
-            self.send_response(status)
-            for key, value in sent.items():
-                if value is not None:
-                    self.send_header(key, value)
-            self.end_headers()
-            if sent["Content-Length"] != str(len(body)):
-                self.close_connection = True
-            if fault.hold:
-                self.wfile.flush()
-                self.send(body[:fault.hold.at])
-                fault.hold.reached.set()
-                fault.hold.go.wait(60)
-                body = body[fault.hold.at:]
-            if fault.cut is not None and fault.cut < len(body):
-                self.send(body[:fault.cut])
-                self.close_connection = True
-                return
-            if fault.drip is not None:
-                for start in range(0, len(body), fault.drip_bytes):
-                    self.send(body[start:start + fault.drip_bytes])
-                    time.sleep(fault.drip)
-                return
-            self.send(body)
+    def answer(self, status, body, fault, kind="application/octet-stream", headers=None):
+        self.record.status = status
+        sent = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {}),
+                **fault.headers}
+        self.send_response(status)
+        for key, value in sent.items():
+            if value is not None:
+                self.send_header(key, value)
+        self.end_headers()
+        if sent["Content-Length"] != str(len(body)):
+            self.close_connection = True
+        if fault.hold:
+            self.wfile.flush()
+            self.send(body[:fault.hold.at])
+            fault.hold.reached.set()
+            fault.hold.go.wait(60)
+            body = body[fault.hold.at:]
+        if fault.cut is not None and fault.cut < len(body):
+            self.send(body[:fault.cut])
+            self.close_connection = True
+            return
+        if fault.drip is not None:
+            for start in range(0, len(body), fault.drip_bytes):
+                self.send(body[start:start + fault.drip_bytes])
+                time.sleep(fault.drip)
+            return
+        self.send(body)
 
-        def send(self, body):
-            """In pieces, so that the log tells how far a client came that went away."""
-            for start in range(0, len(body), 1 << 18):
-                piece = body[start:start + (1 << 18)]
-                server.take_turn(len(piece))
-                self.wfile.write(piece)
-                self.wfile.flush()
-                self.record.sent += len(piece)
-
-    return Handler
+    def send(self, body):
+        """In pieces, so that the log tells how far a client came that went away."""
+        for start in range(0, len(body), 1 << 18):
+            piece = body[start:start + (1 << 18)]
+            self.server.archive.take_turn(len(piece))
+            self.wfile.write(piece)
+            self.wfile.flush()
+            self.record.sent += len(piece)
 
 
 def main():
