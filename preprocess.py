@@ -88,31 +88,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--merge", nargs="*", type=Path, metavar="DIR",
                         help="pack the parts that all shards have left in these folders "
                              "(in --out if none is named) into the store in --out")
-    where = p.add_argument_group("folders")
-    where.add_argument("--out", type=Path, default=Path("slices"), help="the slice store")
-    where.add_argument("--downloads", type=Path, default=Path("downloads"),
-                       help="downloaded and simulated subjects, as BIDS trees")
-    where.add_argument("--keep-downloads", action="store_true",
-                       help="leave downloaded files there (deleted when a subject is sliced)")
-    where.add_argument("--api-url", metavar="URL", default=argparse.SUPPRESS,
-                       help="GraphQL endpoint of a mirror (default: OpenNeuro's own, or the "
-                            f"environment's {API_VARIABLE})")
-    how = p.add_argument_group("pipeline")
-    how.add_argument("--size", type=int, default=defaults.size,
-                     help="pixels a side of a slice, a multiple of 4")
-    how.add_argument("--spacing", type=float, default=defaults.spacing_mm,
-                     help="in-plane voxel size in mm")
-    how.add_argument("--min-brain-area", type=float, default=defaults.min_brain_area,
-                     help="keep slices with at least this share of the largest slice's brain area")
-    how.add_argument("--brain-extraction", choices=brain.METHODS,
-                     help="hd-bet and deepbet run a network on T1w, mask reads "
-                          "*_desc-brain_mask.nii.gz, none takes extracted volumes "
-                          "(default: hd-bet; mask for --simulate)")
-    how.add_argument("--tta", action="store_true",
-                     help="test-time augmentation in hd-bet: a little better, eight times as long")
-    how.add_argument("--brain-ml", type=float, nargs=2, default=defaults.brain_ml,
-                     metavar=("MIN", "MAX"),
-                     help="brain volumes believed, in millilitres (adults)")
+    _add_folders(p)
+    _add_pipeline(p, defaults)
     chosen = p.add_argument_group("subjects")
     chosen.add_argument("--split", type=float, nargs=3, default=(0.8, 0.1, 0.1),
                         metavar=("TRAIN", "VAL", "TEST"),
@@ -142,6 +119,37 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         on_gpu = works and _method(args) in NETWORKS and _device(args.device) != "cpu"
         args.workers = _default_workers(bool(on_gpu))
     return args
+
+
+def _add_folders(p: argparse.ArgumentParser) -> None:
+    where = p.add_argument_group("folders")
+    where.add_argument("--out", type=Path, default=Path("slices"), help="the slice store")
+    where.add_argument("--downloads", type=Path, default=Path("downloads"),
+                       help="downloaded and simulated subjects, as BIDS trees")
+    where.add_argument("--keep-downloads", action="store_true",
+                       help="leave downloaded files there (deleted when a subject is sliced)")
+    where.add_argument("--api-url", metavar="URL", default=argparse.SUPPRESS,
+                       help="GraphQL endpoint of a mirror (default: OpenNeuro's own, or the "
+                            f"environment's {API_VARIABLE})")
+
+
+def _add_pipeline(p: argparse.ArgumentParser, defaults: Settings) -> None:
+    how = p.add_argument_group("pipeline")
+    how.add_argument("--size", type=int, default=defaults.size,
+                     help="pixels a side of a slice, a multiple of 4")
+    how.add_argument("--spacing", type=float, default=defaults.spacing_mm,
+                     help="in-plane voxel size in mm")
+    how.add_argument("--min-brain-area", type=float, default=defaults.min_brain_area,
+                     help="keep slices with at least this share of the largest slice's brain area")
+    how.add_argument("--brain-extraction", choices=brain.METHODS,
+                     help="hd-bet and deepbet run a network on T1w, mask reads "
+                          "*_desc-brain_mask.nii.gz, none takes extracted volumes "
+                          "(default: hd-bet; mask for --simulate)")
+    how.add_argument("--tta", action="store_true",
+                     help="test-time augmentation in hd-bet: a little better, eight times as long")
+    how.add_argument("--brain-ml", type=float, nargs=2, default=defaults.brain_ml,
+                     metavar=("MIN", "MAX"),
+                     help="brain volumes believed, in millilitres (adults)")
 
 
 def _default_workers(on_gpu: bool) -> int:

@@ -28,9 +28,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import console  # noqa: E402
-from data.download import Download  # noqa: E402
-from data.openneuro import Archive, make_plan  # noqa: E402
+import console
+from data.download import Download
+from data.openneuro import Archive, make_plan
 
 LEAST = 0.8
 DATASET, TAG, CONNECTIONS = "ds000001", "1.0.0", 4

@@ -25,9 +25,9 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import console  # noqa: E402
-from data.store import Part, digest_rows, pack, write_part  # noqa: E402
-from models import checkpoint  # noqa: E402
+import console
+from data.store import Part, digest_rows, pack, write_part
+from models import checkpoint
 
 STEPS, EPOCHS = 60, 16
 SIZE, SLICES = 32, 8
