@@ -1,4 +1,8 @@
-"""PSNR, SSIM and MAE of translated slices against their references, batched, on the slices' device.
+"""How near translated slices come to their references, batched, on the slices' device.
+
+PSNR, SSIM, MAE (`measure` has them under all protocols), and beside them correlation, multi-scale
+SSIM, gradient similarity and the distance between histograms. Cycle error is `mae` of the cycled
+slice against the real one. Whole volumes are `losses/volume_quality.py`'s.
 
 For validation and evaluation only: they need paired slices, which training must never see. Images
 are (N, 1, H, W) float, by convention in [0, 1] (`data_range=1`), and nothing is clipped. Each
@@ -18,7 +22,12 @@ from torch.nn import functional as nnf
 # Wang et al. 2004, as scikit-image has it with gaussian_weights=True, sigma=1.5 and
 # use_sample_covariance=False: the Gaussian is cut at 3.5 sigma, so 11 taps.
 SIGMA, RADIUS = 1.5, 5
+WINDOW = 2 * RADIUS + 1
 K1, K2 = 0.01, 0.03
+# Wang et al. 2003: the weights of the scales, finest first.
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+# Xue et al. 2014 take 170 for intensities up to 255; the constant goes with their square.
+GRADIENT_CONSTANT = 170 / 255 ** 2
 
 
 def psnr_db(image: Tensor, reference: Tensor, mask: Tensor | None = None,
@@ -55,13 +64,55 @@ def mae(image: Tensor, reference: Tensor, mask: Tensor | None = None,
     return (_mean((image.double() - reference.double()).abs(), mask) / data_range).float()
 
 
-def correlation(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """(N,) Pearson correlation of two stacks (N, 1, H, W) inside the mask; 0 for a constant."""
-    count = mask.sum((1, 2, 3), keepdim=True)
-    a, b = ((v - (v * mask).sum((1, 2, 3), keepdim=True) / count) * mask
+def correlation(image: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute Pearson's correlation (normalised cross-correlation) of two stacks of slices.
+
+    Parameters and errors are those of `psnr_db`. Returns (N,) float32 in [-1, 1]: 1 where one is
+    the other brighter or with more contrast, below 0 for an inverted contrast, 0 for a constant.
+    """
+    _check(image, reference, mask)
+    a, b = (v - _mean(v, mask)[:, None, None, None] for v in (image.double(), reference.double()))
+    norm = (_mean(a.square(), mask) * _mean(b.square(), mask)).sqrt()
+    return (_mean(a * b, mask) / norm.clamp(min=1e-12)).float()
+
+
+def intensity_distance(image: Tensor, reference: Tensor, mask: Tensor | None = None,
+                       data_range: float = 1.0) -> Tensor:
+    """Compute the Wasserstein-1 distance between two slices' intensities, wherever they lie.
+
+    That is how far, on average, intensities have to be moved to make one histogram the other:
+    scipy's `wasserstein_distance` of the pixels themselves, with no bins to choose. A whole
+    subject's histogram is one slice to it: `slices.reshape(1, 1, -1, W)`.
+
+    Parameters and errors are those of `psnr_db`. Returns (N,) float32 as a share of `data_range`.
+    """
+    _check(image, reference, mask, data_range)
+    inside = (torch.ones_like(image, dtype=torch.bool) if mask is None else mask).flatten(1)
+    count = inside.sum(dim=1, keepdim=True)
+    # Pixels outside sort behind all others, whatever their number in each row.
+    x, y = (v.flatten(1).where(inside, torch.inf).sort(dim=1).values.double()
             for v in (image, reference))
-    norm = (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt()
-    return (a * b).sum((1, 2, 3)) / norm.clamp(min=1e-12)
+    is_ranked = torch.arange(x.shape[1], device=x.device) < count
+    distance = ((x - y).abs().where(is_ranked, 0).sum(dim=1) / count[:, 0] / data_range).float()
+    has_nan = (image.isnan() | reference.isnan()).flatten(1).any(dim=1)  # else lost in the sort
+    return distance.where(~has_nan, torch.nan)
+
+
+def gradient_similarity(image: Tensor, reference: Tensor, mask: Tensor | None = None,
+                        data_range: float = 1.0) -> Tensor:
+    """Compute the mean similarity of gradient magnitudes (Xue et al. 2014, eqs. 3 to 5).
+
+    Prewitt's gradients, edge pixels repeated. The paper halves its photographs first, for how far
+    a viewer sits from them; slices of 1 to 2 mm pixels stay as they are here. With a mask, both
+    images are 0 outside it, as stored slices are, so the background of a translation has no say.
+
+    Parameters and errors are those of `psnr_db`. Returns (N,) float32 in [0, 1]: 1 where edges are
+    equally steep everywhere (their direction and sign do not count).
+    """
+    _check(image, reference, mask, data_range)
+    x, y = (_squared_gradient(_inside(v, mask)) for v in (image, reference))
+    constant = GRADIENT_CONSTANT * data_range ** 2
+    return _mean((2 * (x * y).sqrt() + constant) / (x + y + constant), mask).float()
 
 
 def ssim_map(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
@@ -102,6 +153,43 @@ def ssim(image: Tensor, reference: Tensor, mask: Tensor | None = None,
     if mask is None:
         similarity = similarity[..., RADIUS:-RADIUS, RADIUS:-RADIUS]
     return _mean(similarity, mask).float()
+
+
+def multiscale_ssim(image: Tensor, reference: Tensor, mask: Tensor | None = None,
+                    data_range: float = 1.0) -> Tensor:
+    """Compute multi-scale SSIM (Wang, Simoncelli and Bovik 2003, eq. 7 with their weights).
+
+    Contrast and structure are compared at each scale, brightness at the coarsest; a scale is the
+    one before averaged over 2 x 2 pixels. Their five scales need sides of 176 pixels. Smaller
+    slices take as many as keep a window of 11 pixels (`scale_count`: 4 from 88 pixels, so at 128)
+    and weights scaled to sum to 1: figures of slices with another number of scales do not compare.
+    A scale where contrast and structure are on average opposite counts as 0, and so does the whole.
+
+    With a mask, both images are 0 outside it, as stored slices are (a coarse window reaches far
+    beyond the brain), and coarse pixels count by their share of the mask.
+
+    Parameters and errors are those of `ssim`. Returns (N,) float32 in [0, 1].
+    """
+    _check(image, reference, mask, data_range)
+    x, y = _inside(image, mask), _inside(reference, mask)
+    share = None if mask is None else mask.double()
+    n_scales = scale_count(*x.shape[2:])
+    weights = torch.tensor(SCALE_WEIGHTS[:n_scales], dtype=torch.float64)
+    product = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    for scale, weight in enumerate((weights / weights.sum()).tolist(), start=1):
+        luminance, structure = _similarity(x, y, data_range)
+        similarity = structure if scale < n_scales else luminance * structure
+        if share is None:
+            similarity = similarity[..., RADIUS:-RADIUS, RADIUS:-RADIUS]
+        product *= _mean(similarity, share).clamp(min=0) ** weight
+        x, y = _halve(x), _halve(y)
+        share = None if share is None else _halve(share)
+    return product.float()
+
+
+def scale_count(height: int, width: int) -> int:
+    """Count the scales of `multiscale_ssim`, 1 to 5: a window of 11 pixels fits into each."""
+    return 1 + sum(min(height, width) >= WINDOW * 2 ** s for s in range(1, len(SCALE_WEIGHTS)))
 
 
 def crop_to_box(images: Tensor, mask: Tensor, size: int = 128) -> Tensor:
@@ -163,23 +251,22 @@ def measure(image: Tensor, reference: Tensor, mask: Tensor,
                        "mae": mae(*given, data_range)} for protocol, given in protocols.items()}
 
 
-def _ssim_map(x: Tensor, y: Tensor, data_range: float) -> Tensor:
-    """Compute the map of `ssim_map` from checked float64 images, in float64."""
-    height, width = x.shape[2:]
-    if min(height, width) < 2 * RADIUS + 1:
-        raise ValueError(f"images are {height} x {width}; SSIM's window needs at least "
-                         f"{2 * RADIUS + 1} x {2 * RADIUS + 1}")
-    down, across = _smoothing_matrix(height, x.device), _smoothing_matrix(width, x.device)
-    means = down @ torch.stack([x, y, x * x, y * y, x * y]) @ across.T  # (5, N, 1, H, W)
+def similarity_terms(means: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+    """Compute SSIM's two factors from windowed means: luminance, and contrast times structure.
+
+    Parameters
+    ----------
+    means : (5, ...) float64, the windows' means of x, y, x * x, y * y and x * y.
+    """
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = means
     var_x, var_y = mean_xx - mean_x.square(), mean_yy - mean_y.square()
     covariance = mean_xy - mean_x * mean_y
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-    return luminance * (2 * covariance + c2) / (var_x + var_y + c2)
+    return luminance, (2 * covariance + c2) / (var_x + var_y + c2)
 
 
-def _smoothing_matrix(length: int, device: torch.device) -> Tensor:
+def smoothing_matrix(length: int, device: torch.device) -> Tensor:
     """Return (length, length) float64 weights: row i averages a Gaussian window around pixel i.
 
     Mirrored edges are folded in (scipy's mode "reflect": d c b a | a b c d), so that no padded
@@ -194,8 +281,46 @@ def _smoothing_matrix(length: int, device: torch.device) -> Tensor:
     return matrix.scatter_add_(1, source, (weights / weights.sum()).expand(length, -1))
 
 
+def _similarity(x: Tensor, y: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+    """Compute `similarity_terms` around each pixel of checked float64 images."""
+    height, width = x.shape[2:]
+    if min(height, width) < WINDOW:
+        raise ValueError(f"images are {height} x {width}; SSIM's window needs at least "
+                         f"{WINDOW} x {WINDOW}")
+    down, across = smoothing_matrix(height, x.device), smoothing_matrix(width, x.device)
+    means = down @ torch.stack([x, y, x * x, y * y, x * y]) @ across.T  # (5, N, 1, H, W)
+    return similarity_terms(means, data_range)
+
+
+def _ssim_map(x: Tensor, y: Tensor, data_range: float) -> Tensor:
+    """Compute the map of `ssim_map` from checked float64 images, in float64."""
+    luminance, structure = _similarity(x, y, data_range)
+    return luminance * structure
+
+
+def _squared_gradient(images: Tensor) -> Tensor:
+    """Square the magnitude of Prewitt's gradient (scaled as in Xue et al. 2014) of each pixel."""
+    padded = nnf.pad(images, (1, 1, 1, 1), mode="replicate")
+    columns = padded[..., 2:] - padded[..., :-2]
+    rows = padded[..., 2:, :] - padded[..., :-2, :]
+    across = (columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]) / 3
+    down = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 3
+    return across.square() + down.square()
+
+
+def _halve(images: Tensor) -> Tensor:
+    """Average 2 x 2 pixels into one; the last row or column of an odd side counts twice."""
+    height, width = images.shape[2:]
+    return nnf.avg_pool2d(nnf.pad(images, (0, width % 2, 0, height % 2), mode="replicate"), 2)
+
+
+def _inside(images: Tensor, mask: Tensor | None) -> Tensor:
+    """Return float64 images that are 0 outside the mask, except where they are NaN."""
+    return images.double() if mask is None else images.double() * mask
+
+
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Average (N, 1, H, W) values over each row's mask, or over all its pixels: (N,)."""
+    """Average (N, 1, H, W) values over each row's mask (or by weights), or all its pixels: (N,)."""
     if mask is None:
         return values.mean(dim=(1, 2, 3))
     # Times the mask, not picked by it: a NaN outside the mask is a fault too and stays visible.
@@ -208,7 +333,8 @@ def _first_and_last(present: Tensor) -> tuple[Tensor, Tensor]:
     return marks.argmax(dim=1), marks.shape[1] - 1 - marks.flip(1).argmax(dim=1)
 
 
-def _check(image: Tensor, reference: Tensor, mask: Tensor | None, data_range: float) -> None:
+def _check(image: Tensor, reference: Tensor, mask: Tensor | None,
+           data_range: float = 1.0) -> None:
     """Raise ValueError unless all arguments fit together."""
     if image.shape != reference.shape or image.dtype != reference.dtype:
         raise ValueError(f"image is {tuple(image.shape)} {image.dtype}, "

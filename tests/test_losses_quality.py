@@ -8,12 +8,21 @@ import torch
 from nibabel.testing import data_path
 from PIL import Image
 from scipy import ndimage
+from scipy.stats import pearsonr, wasserstein_distance
+from skimage.filters import prewitt
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
-from skimage.transform import resize
+from skimage.transform import downscale_local_mean, resize
 from torch import Tensor
 
-from losses.quality import (correlation, crop_to_box, mae, measure, psnr_db, ssim,
-                            ssim_map)
+from losses.quality import (GRADIENT_CONSTANT, SCALE_WEIGHTS, correlation, crop_to_box,
+                            gradient_similarity, intensity_distance, mae, measure,
+                            multiscale_ssim, psnr_db, scale_count, ssim, ssim_map)
+
+# All that take (image, reference, mask, data_range), and what equal images reach.
+IDEAL = {ssim: 1, psnr_db: math.inf, mae: 0, multiscale_ssim: 1, gradient_similarity: 1,
+         intensity_distance: 0}
+METRICS = [*IDEAL, correlation]  # which has no data_range
+UNSEEING = [mae, psnr_db, correlation, multiscale_ssim, gradient_similarity, intensity_distance]
 
 
 def peer_ssim(image: Tensor, reference: Tensor,
@@ -121,7 +130,7 @@ def test_hand_computed_values():
     assert mae(image, reference, mask).item() == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("metric", [ssim, psnr_db, mae])
+@pytest.mark.parametrize("metric", IDEAL)
 def test_intensities_and_range_scaled_together_change_nothing(metric):
     image, reference = noisy(real_slices()), real_slices()
     torch.testing.assert_close(metric(255 * image, 255 * reference, data_range=255),
@@ -134,18 +143,37 @@ def test_ssim_follows_scikit_image_for_another_data_range():
     assert ssim(image, reference, data_range=2.0)[3].item() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_identical_slices_have_ssim_1_mae_0_and_infinite_psnr():
+@pytest.mark.parametrize("metric", IDEAL)
+def test_identical_slices_reach_the_ideal_exactly(metric):
     images = real_slices()
-    assert (ssim(images, images) == 1).all() and (ssim_map(images, images) == 1).all()
-    assert (mae(images, images) == 0).all()
-    assert (psnr_db(images, images) == math.inf).all()
+    for given in (None, images > 0.02):
+        assert (metric(images, images, given) == IDEAL[metric]).all()
+    assert (ssim_map(images, images) == 1).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_image_and_reference_may_change_places(metric):
+    image, reference = noisy(real_slices()), real_slices()
+    for given in (None, reference > 0.02):
+        torch.testing.assert_close(metric(image, reference, given),
+                                   metric(reference, image, given))
+
+
+@pytest.mark.parametrize("metric", UNSEEING)
+def test_with_a_mask_what_lies_outside_changes_nothing(metric):
+    image, reference = noisy(big_real_slices()), big_real_slices()
+    mask = reference > 0.1
+    elsewhere = torch.where(mask, image, random_slices(*image.shape, seed=3))
+    found = metric(image, reference, mask)
+    assert torch.equal(metric(elsewhere, reference, mask), found)
+    assert not torch.allclose(metric(elsewhere, reference), found)
 
 
 def test_rows_are_measured_one_by_one():
     image, reference = noisy(real_slices()), real_slices()
     mask = reference > 0.1
     rows = [r for r in range(len(image)) if mask[r].any()]
-    for metric in (ssim, psnr_db, mae):
+    for metric in METRICS:
         together = metric(image[rows], reference[rows], mask[rows])
         for place, row in enumerate(rows):
             one = slice(row, row + 1)
@@ -153,19 +181,25 @@ def test_rows_are_measured_one_by_one():
                 metric(image[one], reference[one], mask[one]), together[place:place + 1])
 
 
-def test_half_precision_images_are_measured_in_full_precision():
-    image, reference = noisy(real_slices()).half(), real_slices().half()
-    for metric in (ssim, psnr_db, mae):
-        found = metric(image, reference)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, metric(image.float(), reference.float()))
+def test_images_of_any_precision_are_measured_in_the_highest():
+    image, reference = noisy(real_slices()), real_slices()
+    for metric in METRICS:
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            x, y = image.to(dtype), reference.to(dtype)
+            for given in (None, reference >= 0):
+                found = metric(x, y, given)
+                assert found.dtype == torch.float32
+                torch.testing.assert_close(found, metric(x.double(), y.double(), given))
 
 
 def test_autocast_does_not_change_a_measure():
     image, reference = noisy(real_slices()), real_slices()
     wanted = measure(image, reference, reference >= 0)
+    alone = [metric(image, reference, reference >= 0) for metric in METRICS]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = measure(image, reference, reference >= 0)
+        for metric, value in zip(METRICS, alone):
+            assert torch.equal(metric(image, reference, reference >= 0), value)
     for protocol, values in wanted.items():
         for name, value in values.items():
             assert torch.equal(found[protocol][name], value)
@@ -176,7 +210,7 @@ def test_a_nan_shows_in_its_own_row_even_outside_the_mask():
     image[1, 0, 0, 0] = math.nan
     mask = torch.zeros_like(image).bool()
     mask[..., 20:, 20:] = True
-    for metric in (ssim, psnr_db, mae):
+    for metric in METRICS:
         for given in (None, mask):
             assert metric(image, reference, given).isnan().tolist() == [False, True, False]
 
@@ -235,7 +269,7 @@ def test_an_empty_mask_is_refused_with_its_rows():
     images = random_slices(4, 1, 16, 16)
     mask = torch.ones_like(images).bool()
     mask[1] = mask[3] = False
-    for metric in (ssim, psnr_db, mae, measure):
+    for metric in (*METRICS, measure):
         with pytest.raises(ValueError, match="empty in rows 1, 3 of 4"):
             metric(images, images, mask)
     with pytest.raises(ValueError, match="empty in rows 1, 3 of 4"):
@@ -246,7 +280,7 @@ def test_an_empty_mask_is_refused_with_its_rows():
 
 def test_arguments_that_do_not_fit_are_refused_with_both_values():
     images = random_slices(2, 1, 16, 16)
-    for metric in (ssim, ssim_map, psnr_db, mae):
+    for metric in (*METRICS, ssim_map):
         with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\).*\(1, 1, 16, 16\)"):
             metric(images, images[:1])
         with pytest.raises(ValueError, match="float32.*float64"):
@@ -255,29 +289,143 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
             metric(images.int(), images.int())
         with pytest.raises(ValueError, match=r"\(2, 16, 16\)"):
             metric(images[:, 0], images[:, 0])
+    for metric in (*IDEAL, ssim_map):
         with pytest.raises(ValueError, match="data_range is 0"):
             metric(images, images, data_range=0)
-    for metric in (ssim, psnr_db, mae, measure):
+    for metric in (*METRICS, measure):
         with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\) torch.uint8.*torch.bool"):
             metric(images, images, torch.ones_like(images).byte())
         with pytest.raises(ValueError, match=r"\(1, 1, 16, 16\).*\(2, 1, 16, 16\)"):
             metric(images, images, torch.ones(1, 1, 16, 16).bool())
-    with pytest.raises(ValueError, match="10 x 16.*11 x 11"):
-        ssim(images[:, :, :10], images[:, :, :10])
+    for metric in (ssim, multiscale_ssim):
+        with pytest.raises(ValueError, match="10 x 16.*11 x 11"):
+            metric(images[:, :, :10], images[:, :, :10])
 
 
 def test_no_slices_give_no_numbers():
     images = torch.zeros(0, 1, 16, 16)
     found = measure(images, images, images.bool())
     assert all(v.shape == (0,) for values in found.values() for v in values.values())
+    for metric in METRICS:
+        assert metric(images, images).shape == metric(images, images, images.bool()).shape == (0,)
 
 
-def test_correlation_is_numpys_inside_the_mask_and_zero_for_a_constant():
-    draws = torch.Generator().manual_seed(0)
-    a, b = torch.rand(2, 3, 1, 16, 16, generator=draws)
-    mask = torch.rand(3, 1, 16, 16, generator=draws) > 0.3
-    found = correlation(a, b, mask)
-    for i in range(3):
-        wanted = np.corrcoef(a[i][mask[i]].numpy(), b[i][mask[i]].numpy())[0, 1]
-        assert found[i].item() == pytest.approx(wanted, abs=1e-5)
-    assert correlation(a, torch.ones_like(a), mask).abs().max() < 1e-4
+@pytest.mark.parametrize("case", CASES)
+def test_correlation_is_scipys_pearson(case):
+    image, reference = pairs()[case]
+    mask = random_slices(*image.shape, seed=2) > 0.6
+    for given in (None, mask):
+        found = correlation(image, reference, given)
+        for row in range(len(image)):
+            inside = mask[row].numpy() if given is not None else ...
+            x, y = (v[row].double().numpy()[inside].ravel() for v in (image, reference))
+            wanted = 0 if np.ptp(x) == 0 or np.ptp(y) == 0 else pearsonr(x, y).statistic
+            assert found[row].item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_correlation_is_blind_to_brightness_and_contrast_and_zero_for_a_constant():
+    image, reference = noisy(real_slices()), real_slices()
+    torch.testing.assert_close(correlation(0.2 + 0.5 * image, reference),
+                               correlation(image, reference))
+    torch.testing.assert_close(correlation(1 - image, reference), -correlation(image, reference))
+    for constant in (0.0, 0.3, 1.0):
+        assert (correlation(image, torch.full_like(image, constant)) == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_intensity_distance_is_scipys_wasserstein_distance(case):
+    image, reference = pairs()[case]
+    mask = random_slices(*image.shape, seed=2) > torch.linspace(0.2, 0.9, len(image))[:, None,
+                                                                                      None, None]
+    for given in (None, mask):
+        found = intensity_distance(image, reference, given)
+        for row in range(len(image)):
+            inside = mask[row].numpy() if given is not None else ...
+            x, y = (v[row].double().numpy()[inside].ravel() for v in (image, reference))
+            assert found[row].item() == pytest.approx(wasserstein_distance(x, y), abs=1e-6)
+
+
+def test_intensity_distance_asks_how_bright_and_not_where():
+    images = real_slices()
+    places = torch.randperm(36 * 44, generator=torch.Generator().manual_seed(0))
+    moved = images.flatten(2)[..., places].reshape(images.shape)
+    assert (intensity_distance(moved, images) == 0).all()
+    torch.testing.assert_close(intensity_distance(images + 0.25, images),
+                               torch.full((len(images),), 0.25))
+    whole = intensity_distance(noisy(images).reshape(1, 1, -1, 44), images.reshape(1, 1, -1, 44))
+    wanted = wasserstein_distance(noisy(images).flatten().numpy(), images.flatten().numpy())
+    assert whole.item() == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_similarity_follows_scikit_images_prewitt(case):
+    image, reference = pairs()[case]
+    mask = random_slices(*image.shape, seed=2) > 0.6
+    for given in (None, mask):
+        found = gradient_similarity(image, reference, given)
+        for row in range(len(image)):
+            inside = mask[row, 0].numpy() if given is not None else np.ones(image.shape[2:], bool)
+            # scikit-image has the mean of the two axes' squares where the paper has their sum
+            x, y = (2 ** 0.5 * prewitt(v[row, 0].double().numpy() * inside, mode="nearest")
+                    for v in (image, reference))
+            similarity = (2 * x * y + 170 / 255 ** 2) / (x ** 2 + y ** 2 + 170 / 255 ** 2)
+            assert found[row].item() == pytest.approx(similarity[inside].mean(), abs=1e-6)
+
+
+def test_gradient_similarity_of_a_ramp_by_hand():
+    ramp = torch.arange(12.0).expand(1, 1, 12, 12) / 100
+    found = gradient_similarity(ramp, torch.zeros_like(ramp))[0].item()
+    # a step of 0.01 a pixel, so 0.02 across the kernel; half of that at the two outer columns
+    columns = 10 * [0.02] + 2 * [0.01]
+    wanted = np.mean([GRADIENT_CONSTANT / (g ** 2 + GRADIENT_CONSTANT) for g in columns])
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert (gradient_similarity(1 - ramp, ramp) > 1 - 1e-6).all()  # sign does not count
+
+
+def peer_multiscale_ssim(x: np.ndarray, y: np.ndarray, mask: np.ndarray | None) -> float:
+    """Return multi-scale SSIM of (H, W) float64 images, made of scikit-image's SSIM."""
+    n_scales = scale_count(*x.shape)
+    share = None if mask is None else mask.astype(float)
+    x, y = (x, y) if mask is None else (x * mask, y * mask)
+    product, total = 1.0, sum(SCALE_WEIGHTS[:n_scales])
+    for scale, weight in enumerate(SCALE_WEIGHTS[:n_scales], start=1):
+        # so large a K1 makes the luminance 1 everywhere: what is left is contrast and structure
+        mean, full = structural_similarity(
+            x, y, data_range=1, full=True, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False, K1=0.01 if scale == n_scales else 1e6)
+        value = mean if share is None else (full * share).sum() / share.sum()
+        product *= max(value, 0) ** (weight / total)
+        odd = [(0, side % 2) for side in x.shape]
+        x, y = (downscale_local_mean(np.pad(v, odd, mode="edge"), (2, 2)) for v in (x, y))
+        if share is not None:
+            share = downscale_local_mean(np.pad(share, odd, mode="edge"), (2, 2))
+    return product
+
+
+@pytest.mark.parametrize("height, width", [(36, 44), (45, 57), (87, 96), (128, 128), (176, 201)])
+def test_multiscale_ssim_follows_scikit_image_scale_by_scale(height, width):
+    reference = torch.nn.functional.interpolate(
+        big_real_slices(), (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    for image in (noisy(reference), reference.roll(2, 3), 1 - reference):
+        for mask in (None, reference > 0.2):
+            found = multiscale_ssim(image, reference, mask)
+            for row in range(len(image)):
+                x, y = (v[row, 0].double().numpy() for v in (image, reference))
+                given = None if mask is None else mask[row, 0].numpy()
+                assert found[row].item() == pytest.approx(
+                    peer_multiscale_ssim(x, y, given), abs=1e-5)
+
+
+def test_a_slice_of_128_pixels_has_four_scales_and_one_of_176_all_five():
+    assert [scale_count(side, 500) for side in (11, 22, 44, 87, 88, 128, 175, 176, 256)] == [
+        1, 2, 3, 3, 4, 4, 4, 5, 5]
+    assert scale_count(500, 128) == 4
+    images = random_slices(2, 1, 16, 16)
+    torch.testing.assert_close(multiscale_ssim(images, images.flip(3)).clamp(min=1e-9),
+                               ssim(images, images.flip(3)).clamp(min=1e-9))
+
+
+def test_an_inverted_contrast_has_no_multiscale_ssim():
+    reference = big_real_slices()
+    assert (multiscale_ssim(1 - reference, reference) == 0).all()
+    assert (ssim(1 - reference, reference) < 0.2).all()
