@@ -1,5 +1,6 @@
 """data/openneuro.py against a local OpenNeuro that misbehaves: real HTTP, a real GraphQL engine."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -23,7 +25,7 @@ import pytest
 
 pytest.importorskip("graphql", reason="the local server needs graphql-core")
 
-from data import bids, download, openneuro  # noqa: E402
+from data import bids, download, openneuro, transfer  # noqa: E402
 from data.download import Download  # noqa: E402
 from data.openneuro import (Archive, Snapshot, check_name, make_plan, parse_spec,  # noqa: E402
                             place)
@@ -740,6 +742,36 @@ def test_damaged_files_of_all_kinds_are_told_from_whole_ones(tmp_path):
                        "README": b"", "README.md": b"<p align=center>Heads</p>",
                        "a.tsv": "id\tname\n1\tü".encode("latin-1")}.items():
         inspect(broken(tmp_path, "file.part", good), name)
+
+
+@pytest.mark.parametrize("library", ["zlib", "isal.isal_zlib"])
+def test_a_flipped_bit_is_found_with_either_library(tmp_path, monkeypatch, library):
+    module = pytest.importorskip(library)
+    monkeypatch.setattr(transfer, "inflate", module)
+    monkeypatch.setattr(transfer, "InflateError", module.error)
+    content = nifti(tmp_path)
+    packed = gzip.compress(content)
+    assert verdict(packed) == ""
+    for bit in range(80, 8 * len(packed)):  # the ten bytes before are its time and the like
+        flipped = bytearray(packed)
+        flipped[bit // 8] ^= 1 << bit % 8
+        harmless = zlib.decompressobj(31)  # of bits that pad, or of a copy from elsewhere
+        with contextlib.suppress(zlib.error):
+            if harmless.decompress(bytes(flipped)) == content and harmless.eof:
+                continue
+        assert verdict(bytes(flipped)), bit
+    assert all(verdict(packed[:size]) for size in range(len(packed)))
+
+
+def verdict(packed):
+    """What is wrong with the bytes of a `.nii.gz`, "" if nothing is."""
+    checker = transfer.Checker("a.nii.gz")
+    try:
+        checker.feed(packed)
+        checker.finish()
+    except Damaged as error:
+        return str(error)
+    return ""
 
 
 # -------------------------------------------------------------------------------------- resuming
