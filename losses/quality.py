@@ -214,7 +214,7 @@ def crop_to_box(images: Tensor, mask: Tensor, size: int = 128) -> Tensor:
     ValueError
         If the mask does not fit the images, or is empty in a row (says which).
     """
-    _check_mask(mask, (len(images), 1, *images.shape[2:]))
+    check_mask(mask, (len(images), 1, *images.shape[2:]))
     rows, columns = _first_and_last(mask.any(dim=3)), _first_and_last(mask.any(dim=2))
     boxes = torch.stack([*rows, *columns], dim=1).tolist()  # one wait for the device, not N
     resized = torch.empty(len(images), images.shape[1], size, size, device=images.device)
@@ -344,10 +344,10 @@ def _check(image: Tensor, reference: Tensor, mask: Tensor | None,
     if not data_range > 0:
         raise ValueError(f"data_range is {data_range}; must be above 0")
     if mask is not None:
-        _check_mask(mask, tuple(image.shape))
+        check_mask(mask, tuple(image.shape))
 
 
-def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the mask has that shape, is bool, and marks something in each row."""
     if tuple(mask.shape) != shape or mask.dtype != torch.bool:
         raise ValueError(f"mask is {tuple(mask.shape)} {mask.dtype}; need {shape} torch.bool")
