@@ -14,6 +14,7 @@ MOSTLY_WRONG = 0.35
 # As in evaluate.py: distance from a translation to its input, over that of the real target.
 COPY_RATIO = 0.5
 OUTSIDE = 0.05  # share of generated signal that may lie outside the brain
+UNRELATED = 0.1  # a correlation this near to 0 is none; a translation that works has 0.8
 WAITING = 0.05  # share of the time that may go into waiting for data
 SKIPPED = 0.05  # share of fp16 steps that may overflow (one in 2000 is the scaler's normal probing)
 LARGE_GRADIENT = 1e3
@@ -52,9 +53,9 @@ def warnings(figures: Mapping[str, float]) -> list[str]:
     for target, source in (("t2w", "t1w"), ("t1w", "t2w")):
         name = f"{source} to {target}"
         correlation = figures.get(f"{target}_correlation", 1.0)
-        if correlation < 0:
-            said.append(f"{name}: contrast is inverted (correlation with the real one "
-                        f"{correlation:.2f})")
+        if correlation < UNRELATED:
+            what = "contrast is inverted" if correlation < -UNRELATED else "no contrast yet"
+            said.append(f"{name}: {what} (correlation with the real one {correlation:.2f})")
         ratio = figures.get(f"{target}_copy_ratio", 1.0)
         if ratio < COPY_RATIO:
             said.append(f"{name}: nearly a copy of its input (distance to it {ratio:.0%} of the "

@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import hashlib
 import json
 import logging
-import math
-import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +30,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: the user has to see to it that one run writes
-    fcntl = None  # type: ignore[assignment]
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 import console
 import health
+from config import TrainConfig, parse_args, plain
 from data.augment import flip_left_right
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
-from data.store import SPLITS, SliceStore, write_atomically
-from device import (PRECISIONS, Process, autocast, choose_precision, first_speaks,
-                    peak_memory_gib, random_state, set_random_state, start_process)
-from losses.adversarial import (GAN_KINDS, discriminator_loss, generator_loss,
-                                rightly_judged)
+from data.store import SliceStore, write_atomically
+from device import (Process, autocast, choose_precision, first_speaks, peak_memory_gib,
+                    random_state, set_random_state, start_process)
+from losses.adversarial import discriminator_loss, generator_loss, rightly_judged
 from losses.consistency import cycle_loss, identity_loss
 from losses.history import ImageHistory
 from losses.quality import correlation, mae, psnr_db, ssim
 from models import checkpoint
 from models.cyclegan import EMA, CycleGAN, init_weights
-from models.generator import UPSAMPLING, default_blocks
+from models.generator import default_blocks
+from report import progress
+from run_folder import (RunLog, best_name, environment, find_resume, only_writer,
+                        preprocessing_record)
 
 log = logging.getLogger("train")
 TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "D_X", "D_Y")
@@ -73,213 +61,9 @@ NETS = ("G", "F", "D_X", "D_Y")
 WATCHED = ("D_X_right_real", "D_X_right_fake", "D_Y_right_real", "D_Y_right_fake",
            *(f"gradient_{name}" for name in NETS), "skipped")
 # What a run may change when it goes on: nothing that is learnt from depends on these ...
-FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "device", "precision",
-                  "workers", "log_every", "save_minutes", "keep_best")
-# ... and what it cannot, whatever is asked for: the weights would not fit.
-FIXED_ON_RESUME = ("features", "blocks", "upsample")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All options of a run and the only place with their defaults (Zhu et al. 2017, sec. 4, 7.1).
-
-    Two differ from the paper: the identity weight is 0.1 (T1w and T2w contrast is inverted, and on
-    real heads a weight of 5 taught copying), and G and F are averaged for use (`ema`).
-    """
-
-    slices: str = "slices"
-    run: str = "runs/default"
-    epochs: int = 100
-    epochs_decay: int = 100
-    steps_per_epoch: int = 0
-    max_steps: int = 0
-    batch_size: int = 1
-    strict_unpaired: bool = False
-    flip: bool = True
-    features: int = 64
-    blocks: int = 0
-    upsample: str = "transpose"
-    gan_loss: str = "lsgan"
-    lambda_cycle: tuple[float, float] = (10.0, 10.0)
-    lambda_identity: float = 0.1
-    history_size: int = 50
-    lr: float = 2e-4
-    betas: tuple[float, float] = (0.5, 0.999)
-    ema: float = 0.999
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    workers: int = 1
-    log_every: int = 50
-    save_minutes: float = 10.0
-    keep_best: int = 3
-
-
-HELP = {
-    "data": {
-        "slices": "the store that preprocess.py built",
-        "batch_size": "slices of each domain a step, in each process",
-        "strict_unpaired": "T1w from one half of the training subjects, T2w from the other, so "
-                           "that no head is seen in both",
-        "flip": "mirror slices left to right at random",
-        "workers": "batches read ahead by threads (0: read when asked)",
-    },
-    "model": {
-        "features": "channels after the first layer of each net",
-        "blocks": "residual blocks of a generator (0: 9 above 128 pixels, else 6)",
-        "upsample": "transposed convolution (the paper) or nearest neighbour, then convolution",
-    },
-    "loss": {
-        "gan_loss": "least squares, log form of eq. 1, or hinge",
-        "lambda_cycle": "weight of the cycle loss of T1w and of T2w (one number serves both)",
-        "lambda_identity": "weight of the identity loss",
-        "history_size": "generated slices kept for the discriminators, in each process (0: off)",
-    },
-    "optimiser": {
-        "epochs": "epochs at the full learning rate",
-        "epochs_decay": "epochs of linear decay to 0 after them",
-        "steps_per_epoch": "steps (0: one pass over the training slices)",
-        "max_steps": "end after so many steps (0: no limit)",
-        "lr": "learning rate of Adam",
-        "betas": "of Adam",
-        "ema": "share that the averaged G and F keep of themselves a step",
-    },
-    "run": {
-        "run": "folder of checkpoints and logs",
-        "seed": "of weights, drawing and history",
-        "device": "auto, cpu or cuda",
-        "precision": "auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPU",
-        "log_every": "steps between two lines of the log",
-        "save_minutes": "minutes between two writes of last.pt inside an epoch",
-        "keep_best": "checkpoints best_SSIM_EPOCH.pt kept",
-    },
-}
-CHOICES = {"gan_loss": GAN_KINDS, "upsample": UPSAMPLING, "precision": PRECISIONS}
-
-
-def parse_args(argv: list[str] | None) -> tuple[TrainConfig, argparse.Namespace]:
-    """Command line, made from the fields of `TrainConfig`."""
-    parser = console.OneLineParser(description=__doc__, formatter_class=console.Formatter,
-                                   allow_abbrev=False)
-    defaults = TrainConfig()
-    for title, options in HELP.items():
-        group = parser.add_argument_group(title)
-        for name, text in options.items():
-            value, flag = getattr(defaults, name), _flag(name)
-            if isinstance(value, bool):
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value,
-                                   help=text)
-            elif isinstance(value, tuple):
-                group.add_argument(flag, type=float, nargs="+", default=value, help=text)
-            else:
-                group.add_argument(flag, type=type(value), default=value, help=text,
-                                   choices=CHOICES.get(name))
-    group.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS,
-                       help="options from a TOML file, or from a run's config.json; the command "
-                            "line stands above it")
-    group.add_argument("--resume", nargs="?", const="", metavar="CKPT",
-                       help="go on from this checkpoint, or from last.pt, which must be there then "
-                            "(without this option: from last.pt if it is there)")
-    group.add_argument("--override", action="store_true",
-                       help="on resume, take options or subjects that differ from the checkpoint's")
-    file = parser.parse_known_args(argv)[0]
-    if hasattr(file, "config"):
-        parser.set_defaults(**read_config(file.config))
-    args = parser.parse_args(argv)
-    values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-    values["betas"] = tuple(values["betas"])
-    weights = tuple(values["lambda_cycle"])
-    values["lambda_cycle"] = weights * 2 if len(weights) == 1 else weights
-    config = TrainConfig(**values)
-    _check_config(config)
-    return config, args
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Options of `TrainConfig` from a file, by their names (`batch_size` or `batch-size`).
-
-    Raises
-    ------
-    FileNotFoundError, ValueError : no such file, not TOML or JSON, an unknown option or a value of
-        another kind than its default
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--config {path}: not a text file") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--config {path}: no such file") from None
-    try:
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # of either
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ValueError(f"--config {path}: not {kind} ({error})") from None
-    defaults, values = asdict(TrainConfig()), {}
-    for key, value in (content.items() if isinstance(content, dict) else ()):
-        name = key.replace("-", "_")
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, n=1)
-            raise ValueError(f"--config {path}: '{key}' is no option of train.py"
-                             + (f"; is {near[0]} meant?" if near else ""))
-        values[name] = _as_kind(value, defaults[name], f"--config {path}: {key}")
-    return values
-
-
-def _as_kind(value: Any, default: Any, where: str) -> Any:
-    """A value of a config file, refused where it is not of its default's kind."""
-    if isinstance(default, tuple):
-        found = value if isinstance(value, list) else [value]
-        return tuple(_as_kind(item, default[0], where) for item in found)
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        raise ValueError(f"{where} is {value!r}, should be like {default!r}")
-    return type(default)(value)
-
-
-def _check_config(c: TrainConfig) -> None:
-    """Refuse what would fail later, or never end."""
-    least = {"epochs": 0, "epochs_decay": 0, "steps_per_epoch": 0, "max_steps": 0, "batch_size": 1,
-             "features": 1, "blocks": 0, "history_size": 0, "workers": 0, "log_every": 1, "seed": 0,
-             "keep_best": 0, "lambda_identity": 0, "save_minutes": 0}
-    for name, low in least.items():
-        if not low <= getattr(c, name) < math.inf:
-            raise ValueError(f"{_flag(name)} {getattr(c, name)}: must be at least {low}")
-    if c.epochs + c.epochs_decay == 0:
-        raise ValueError("--epochs 0 --epochs-decay 0: nothing to train; raise one")
-    if len(c.lambda_cycle) != 2 or not all(0 <= weight < math.inf for weight in c.lambda_cycle):
-        raise ValueError(f"--lambda-cycle {c.lambda_cycle}: one or two numbers of at least 0")
-    if len(c.betas) != 2 or not all(0 <= beta < 1 for beta in c.betas):
-        raise ValueError(f"--betas {c.betas}: two numbers from 0 to below 1")
-    if not 0 < c.lr < 1 or not 0 <= c.ema < 1:
-        raise ValueError(f"--lr {c.lr} --ema {c.ema}: lr lies between 0 and 1, ema from 0 to "
-                         "below 1")
-    if Path(c.run).exists() and not Path(c.run).is_dir():
-        raise ValueError(f"--run {c.run}: is a file; name a folder")
 
 
 # ------------------------------------------------------------------------------ nets and state
-
-
-def environment(process: Process, precision: torch.dtype) -> dict[str, Any]:
-    """What a run was made with, for its checkpoints: commit, versions, device, processes."""
-    def git(*words: str) -> str:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
-                                  text=True, timeout=10, check=True).stdout.strip()
-        return ""
-
-    on_gpu = process.device.type == "cuda"
-    return {"commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            "numpy": np.__version__, "processes": process.world,
-            "device": torch.cuda.get_device_name(process.device) if on_gpu
-            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-            "precision": str(precision).removeprefix("torch.")}
 
 
 def name_slices(store: SliceStore, loader: UnpairedBatches, epoch: int, epoch_step: int) -> str:
@@ -471,7 +255,7 @@ class Training:
 
     def inference_state(self, epoch: int) -> dict[str, Any]:
         """What `best.pt` holds."""
-        return {"config": _plain(asdict(self.config)), "preprocessing": _plain(self.preprocessing),
+        return {"config": plain(asdict(self.config)), "preprocessing": plain(self.preprocessing),
                 "step": self.step, "epoch": epoch, "slices_seen": self.slices_seen,
                 "ema": self.ema.state_dict(), "best": dict(self.best),
                 "format": {"made_with": self.environment}}
@@ -511,13 +295,6 @@ def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """Tensors to the CPU: sent from one process to another they would take up its own GPU there."""
     return {key: value.cpu() if isinstance(value, Tensor) else value
             for key, value in state.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples to lists all through, as a weights-only file and JSON want it."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ------------------------------------------------------------------------------------ one step
@@ -652,15 +429,20 @@ def _validate_subject(t: Training, store: SliceStore,
     return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
+def fixed_rows(store: SliceStore, count: int) -> np.ndarray:
+    """`count` rows of the store, spread over the validation subjects: the same each time."""
+    rows = store.rows("val")
+    rows = rows if len(rows) else store.rows("train")
+    return rows[np.linspace(0, len(rows) - 1, count + 2).astype(int)[1:-1]]
+
+
 @torch.no_grad()
 def sample_grid(t: Training, store: SliceStore, count: int = 4) -> Tensor:
     """Draw the same `count` slices each epoch as one picture (3, H, W) in [0, 1], a row a slice.
 
     Columns: T1w, translated, cycled, identity, then T2w, translated, cycled, identity.
     """
-    rows = store.rows("val")
-    rows = rows if len(rows) else store.rows("train")
-    rows = rows[np.linspace(0, len(rows) - 1, count + 2).astype(int)[1:-1]]
+    rows = fixed_rows(store, count)
     real_x, real_y = (to_tensor(a[rows]).to(t.process.device) for a in (store.t1w, store.t2w))
     with t.autocast():
         fake_y, fake_x = t.ema.G(real_x), t.ema.F(real_y)
@@ -670,139 +452,37 @@ def sample_grid(t: Training, store: SliceStore, count: int = 4) -> Tensor:
                      normalize=True, pad_value=0.3)
 
 
-# -------------------------------------------------------------------------------- run folder
-
-
-class RunLog:
-    """The run folder's `log.txt`, `metrics.jsonl` and TensorBoard files; silent on other ranks.
+@torch.no_grad()
+def look(t: Training, store: SliceStore, shown: int = 3, counted: int = 32) -> progress.Moment:
+    """What the averaged nets make of the same slices each epoch, for the pictures of progress.
 
     Parameters
     ----------
-    folder : of the run
-    process : this one
-    step : where the run goes on; what an interrupted one logged after it goes
+    shown : slices that are kept
+    counted : slices whose intensities in the brain are counted
     """
+    def to_bytes(slices: Tensor) -> np.ndarray:
+        return ((slices.float() + 1) * 127.5).round().byte().cpu().numpy()[:, 0]
 
-    def __init__(self, folder: Path, process: Process, step: int):
-        self._on = process.is_main
-        if not self._on:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        self._handler.setFormatter(
-            logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(self._handler)
-        log.setLevel(logging.INFO)
-        metrics = folder / "metrics.jsonl"
-        before = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-        kept = "".join(line + "\n" for line in before if _step_of(line) <= step)
-        write_atomically(metrics, kept.encode())
-        self._metrics = open(metrics, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    def count(slices: Tensor, inside: Tensor) -> np.ndarray:
+        values = (slices.float().cpu()[inside] + 1) / 2
+        return np.histogram(values.numpy(), progress.BINS, (0, 1))[0]
 
-    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One line of metrics and one TensorBoard point a value; `kind` names the group."""
-        if self._on:
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self._metrics.flush()
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def alarm(self, step: int, epoch: int, lines: list[str]) -> None:
-        """Warnings of an epoch, for the reports that are made of metrics.jsonl."""
-        if self._on:
-            for line in lines:
-                text = json.dumps({"kind": "warning", "step": step, "epoch": epoch, "text": line})
-                self._metrics.write(text + "\n")
-            self._metrics.flush()
-
-    def picture(self, picture: Tensor, step: int, path: Path) -> None:
-        """An image grid for TensorBoard and as a file."""
-        if self._on:
-            self._board.add_image("samples", picture, step)
-            path.parent.mkdir(exist_ok=True)
-            save_image(picture, path)
-
-    def close(self) -> None:
-        """Write out what is buffered, leave the logger as it was."""
-        if self._on:
-            self._board.close()
-            self._metrics.close()
-            log.removeHandler(self._handler)
-            self._handler.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity where a kill cut the line short."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def find_resume(config: TrainConfig, args: argparse.Namespace,
-                record: dict[str, Any]) -> tuple[dict[str, Any] | None, Path]:
-    """The checkpoint to go on from: named, or `last.pt` of the run; None to start afresh.
-
-    Parameters
-    ----------
-    config, args : the command line
-    record : of the store's preprocessing; takes up the subjects that the checkpoint was trained on
-
-    Raises
-    ------
-    ValueError : options or data differ from the checkpoint's (names them)
-    FileNotFoundError : `--resume` was given and there is nothing to resume
-    """
-    last = Path(args.resume) if args.resume else Path(config.run) / "last.pt"
-    before = checkpoint.previous(last)
-    if not last.exists() and before.exists():
-        last = before  # killed between the two renames
-    if not last.exists() and args.resume is None:
-        return None, last
-    try:
-        state = checkpoint.load(last, resume=True)
-    except ValueError as error:
-        if last == before or not before.exists():
-            raise
-        log.warning("%s; going on from %s", error, before)
-        last, state = before, checkpoint.load(before, resume=True)
-    _check_options(config, args, state, last)
-    _check_data(config, args, state, last, record)
-    return state, last
-
-
-def _check_options(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any],
-                   last: Path) -> None:
-    """Refuse options that change what is learnt."""
-    now = _plain(asdict(config))
-    changed = [name for name, value in state["config"].items()
-               if name not in FREE_ON_RESUME and now.get(name) != value]
-    if args.override:
-        changed = [name for name in changed if name in FIXED_ON_RESUME]
-    if changed:
-        was = ", ".join(f"{_flag(name)} {state['config'][name]} (now {now.get(name)})"
-                        for name in changed)
-        cure = "" if args.override else "add --override, "
-        raise ValueError(f"{last}: was trained with {was}; give these again, {cure}or choose "
-                         "another --run")
-
-
-def _check_data(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any], last: Path,
-                record: dict[str, Any]) -> None:
-    """Refuse slices made otherwise, and other subjects; add the subjects of before to `record`."""
-    trained = state["preprocessing"]
-    for name in ("size", "spacing_mm", "intensity"):
-        if trained[name] != record[name]:
-            raise ValueError(f"{config.slices}: made with {name} {record[name]}, {last} was "
-                             f"trained on {trained[name]}; point to that store with --slices, or "
-                             "choose another --run")
-    old, new = (set(r["subjects"]["train"]) for r in (trained, record))
-    if old != new and not args.override:
-        raise ValueError(f"{config.slices}: its train split differs from the one that {last} was "
-                         f"trained on, {sorted(old ^ new)[0]} for one; point to that store with "
-                         "--slices, add --override, or choose another --run")
-    record["subjects"]["train"] = sorted(old | new)  # evaluate.py refuses all that were ever seen
+    rows = fixed_rows(store, shown)
+    real_x, real_y = (to_tensor(a[rows]).to(t.process.device) for a in (store.t1w, store.t2w))
+    with t.autocast():
+        fake_y, fake_x = t.ema.G(real_x), t.ema.F(real_y)
+        kept = {"t1w": real_x, "to_t2w": fake_y, "t1w_again": t.ema.F(fake_y),
+                "t2w": real_y, "to_t1w": fake_x, "t2w_again": t.ema.G(fake_x)}
+    counts = np.zeros((4, progress.BINS), np.int64)
+    for row in np.array_split(fixed_rows(store, counted), max(counted // 8, 1)):
+        inside = torch.from_numpy(store.mask(row))[:, None]
+        real_x, real_y = (to_tensor(a[row]).to(t.process.device) for a in (store.t1w, store.t2w))
+        with t.autocast():
+            every = (real_x, t.ema.F(real_y), real_y, t.ema.G(real_x))
+        counts += np.stack([count(slices, inside) for slices in every])
+    return progress.Moment(step=t.step, epoch=t.epoch + 1, t1w_counts=counts[:2],
+                           t2w_counts=counts[2:], **{k: to_bytes(v) for k, v in kept.items()})
 
 
 def save_best(t: Training, figures: dict[str, float]) -> None:
@@ -822,63 +502,14 @@ def save_best(t: Training, figures: dict[str, float]) -> None:
     kept = sorted(kept, key=lambda k: (-k[0], k[1]))[:t.config.keep_best]
     for old in before:
         if old not in kept:
-            (run / _best_name(*old)).unlink(missing_ok=True)
+            (run / best_name(*old)).unlink(missing_ok=True)
     t.best["kept"] = kept
     if [value, epoch] in kept:
-        checkpoint.save(run / _best_name(value, epoch), t.inference_state(epoch),
+        checkpoint.save(run / best_name(value, epoch), t.inference_state(epoch),
                         keep_previous=False)
 
 
-def _best_name(value: float, epoch: int) -> str:
-    return f"best_{value:.4f}_{epoch:04d}.pt"
-
-
-def preprocessing_record(store: SliceStore) -> dict[str, Any]:
-    """What `evaluate.py` and `translate.py` must do alike: copied from the store's header."""
-    keys = ("size", "spacing_mm", "min_brain_area", "intensity", "layout", "sources", "counts",
-            "versions")
-    return {**{key: store.header[key] for key in keys},
-            "brain_extraction": sorted({s["brain_extraction"] for s in store.subjects}),
-            "subjects": {split: [s["id"] for s in store.subjects if s["split"] == split]
-                         for split in SPLITS}}
-
-
 # ---------------------------------------------------------------------------------------- main
-
-
-@contextlib.contextmanager
-def only_writer(run: Path, process: Process, patience_s: float = 30) -> Iterator[None]:
-    """Hold a run folder for this run; a killed run's processes may take a moment to end.
-
-    A folder that was made for this and stays empty is removed.
-
-    Raises
-    ------
-    ValueError : another run goes on there
-    """
-    fresh = process.is_main and not run.exists()
-    if process.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run, os.O_RDONLY) if process.is_main and fcntl else None
-    try:
-        until = time.monotonic() + patience_s
-        while handle is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise ValueError(f"{run}: another train.py is writing there; wait for it, or "
-                                     "choose another --run") from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-        if fresh and not any(run.iterdir()):
-            run.rmdir()
 
 
 class StopRequest:
@@ -902,7 +533,9 @@ class StopRequest:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
     with first_speaks():
-        config, args = parse_args(argv)
+        config, args = parse_args(argv, __doc__)
+        if args.gif:
+            return write_gifs(Path(config.run))
         store = SliceStore(config.slices)
         process = start_process(config.device)
     config = replace(config, blocks=config.blocks or default_blocks(store.size))
@@ -950,7 +583,7 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
             return console.DONE
         if process.is_main:
             for name, what in (("config", asdict(config)), ("environment", t.environment)):
-                text = json.dumps(_plain(what), indent=1) + "\n"
+                text = json.dumps(plain(what), indent=1) + "\n"
                 write_atomically(run / f"{name}.json", text.encode())
         with StopRequest() as stop, logging_redirect_tqdm():
             finished = loop(t, loader, store, run_log, stop)
@@ -958,6 +591,8 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
             log.info("stopped at step %d of %d; run again with --resume to go on from %s", t.step,
                      t.last_step, run / "last.pt")
             return console.FAILED
+        if process.is_main:
+            write_gifs(run)
         log.info("done: %s", run / "best.pt")
         return console.DONE
 
@@ -971,12 +606,15 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
     ask_every = 10 if process.world > 1 and process.device.type == "cuda" else 1
     bar = tqdm(total=last_step, initial=t.step, unit="step",
                disable=None if process.is_main else True)
+    weights = {"lambda_cycle_x": c.lambda_cycle[0], "lambda_cycle_y": c.lambda_cycle[1],
+               "lambda_identity": c.lambda_identity}
     saved_at = time.monotonic()
     stopped = False
 
     while not stopped and (t.step < last_step or t.best["judged_step"] < t.step):
         timed, waited, since = 0, 0.0, time.monotonic()
-        epoch_waited, epoch_since = 0.0, since
+        epoch_since = since
+        epoch_waited, epoch_pairs = 0.0, 0
         batches = loader.batches(t.epoch, t.epoch_step, c.workers)
         while t.epoch_step < t.steps_per_epoch and t.step < last_step and not stopped:
             # batch
@@ -990,6 +628,7 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
             learning_rate = t.learning_rate
             t.note(train_step(t, real_x, real_y))
             timed += 1
+            epoch_pairs += c.batch_size * process.world
             bar.update()
             # log
             if t.step % c.log_every == 0:
@@ -999,9 +638,10 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
                 run_log.record("loss", t.step, terms)
                 run_log.record("speed", t.step,
                                {"pairs_per_s": rate, "waiting": waited / seconds})
-                run_log.record("schedule", t.step, {"lr": learning_rate})
-                log.info("epoch %d/%d  step %d/%d  %.2f pairs/s  %s", t.epoch + 1, epochs, t.step,
-                         last_step, rate, _line_of(terms))
+                run_log.record("schedule", t.step, {"lr": learning_rate, **weights})
+                run_log.interval(f"epoch {t.epoch + 1}/{epochs}  step {t.step}/{last_step}  "
+                                 f"{rate:.2f} pairs/s  {_line_of(terms)}", on_screen=bar.disable)
+                bar.set_postfix_str(_line_of({name: terms[name] for name in NETS}), refresh=False)
                 t.sums.zero_()
                 t.counted, timed, waited, since = 0, 0, 0.0, time.monotonic()
             # stop or save within the epoch
@@ -1012,6 +652,7 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
                     _save_last(t, run)
                     saved_at = time.monotonic()
         batches.close()
+        epoch_s = max(time.monotonic() - epoch_since, 1e-9)
         if stopped:
             break
 
@@ -1020,11 +661,13 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
         figures = validate(t, store)
         t.check_equal()
         run_log.record("validation", t.step, figures)
-        watch(t, run_log, figures, epoch_waited / max(time.monotonic() - epoch_since, 1e-9))
+        watch(t, run_log, figures,
+              {"waiting": epoch_waited / epoch_s, "pairs_per_s": epoch_pairs / epoch_s})
         t.best["judged_step"] = t.step
         if process.is_main:
             run_log.picture(sample_grid(t, store), t.step,
                             run / "samples" / f"epoch_{t.epoch + 1:04d}.png")
+            run_log.moment(look(t, store))
             save_best(t, figures)
         log.info("epoch %d/%d  step %d  validation  %s", t.epoch + 1, epochs, t.step,
                  _line_of(figures) or "no subjects: best.pt is the latest")
@@ -1035,12 +678,15 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
         saved_at = time.monotonic()
 
     bar.close()
+    if not stopped:
+        run_log.conclude(plain(asdict(c)), figures, t.step)
     return not stopped
 
 
-def watch(t: Training, run_log: RunLog, figures: dict[str, float], waiting: float) -> None:
+def watch(t: Training, run_log: RunLog, figures: dict[str, float],
+          speed: dict[str, float]) -> None:
     """Log what was watched in an epoch, and a line for each figure that is not healthy."""
-    found = {**t.watched(), "waiting": waiting,
+    found = {**t.watched(), **speed,
              "peak_memory_gib": peak_memory_gib(t.process.device)}
     judged = {name: value for name, value in figures.items()
               if not name.endswith(("_ssim", "_psnr_db"))}
@@ -1049,6 +695,15 @@ def watch(t: Training, run_log: RunLog, figures: dict[str, float], waiting: floa
     for line in said:
         log.warning("warning: epoch %d: %s", t.epoch + 1, line)
     run_log.alarm(t.step, t.epoch + 1, said)
+
+
+def write_gifs(run: Path) -> int:
+    """Write progress_t1w.gif and progress_t2w.gif of a run; returns the exit code."""
+    for domain in progress.DIRECTIONS:
+        path = run / f"progress_{domain}.gif"
+        write_atomically(path, progress.make_gif(run, domain))
+        log.info("progress: %s", path)
+    return console.DONE
 
 
 def _save_last(t: Training, run: Path) -> None:

@@ -24,6 +24,7 @@ def test_nothing_is_said_of_a_healthy_run_nor_of_what_was_not_measured():
     ({"gradient_F": 2e4}, "gradients of F have a norm of 2e.04: diverging"),
     ({"gradient_D_Y": 0.0}, "gradients of D_Y have a norm of 0: it learns nothing"),
     ({"t2w_correlation": -0.2}, r"t1w to t2w: contrast is inverted \(correlation .* -0.20\)"),
+    ({"t1w_correlation": -0.02}, r"t2w to t1w: no contrast yet \(correlation .* -0.02\)"),
     ({"t1w_copy_ratio": 0.1}, r"t2w to t1w: nearly a copy of its input \(distance to it 10%"),
     ({"t2w_outside": 0.2}, "t1w to t2w: 20% of the generated signal lies outside the brain"),
     ({"skipped": 0.3}, "30% of the steps overflowed in fp16"),

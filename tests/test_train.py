@@ -1,14 +1,19 @@
 """Tests of train.py: one step by hand, the schedule, resuming to the bit, errors, two processes."""
 
+import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import math
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from dataclasses import fields, replace
@@ -24,15 +29,18 @@ from painted_store import change_rows, write_store
 from PIL import Image
 from skimage.metrics import structural_similarity
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 import health
+import run_folder
 import train
+from config import TrainConfig
 from data.slices import UnpairedBatches
 from data.store import SliceStore
 from device import Process, start_process
 from losses.history import ImageHistory
 from models import checkpoint
-from train import TERMS, WATCHED, TrainConfig, Training, train_step
+from train import TERMS, WATCHED, Training, train_step
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
@@ -298,7 +306,8 @@ def test_a_run_leaves_checkpoints_logs_samples_and_tensorboard_files(run, slices
     assert outcome.code == 0 and outcome.err == ""
     folder = tmp_path / "run"
     assert {"last.pt", "best.pt", "log.txt", "metrics.jsonl", "config.json", "samples",
-            "tensorboard"} <= set(os.listdir(folder))
+            "tensorboard", "progress", "progress_t1w.gif", "progress_t2w.gif"} <= set(
+                os.listdir(folder))
     assert sorted(os.listdir(folder / "samples")) == [f"epoch_000{k}.png" for k in (1, 2, 3)]
     log = (folder / "log.txt").read_text()
     assert "18 training slices of 32 pixels, 18 validation" in log
@@ -315,7 +324,114 @@ def test_a_run_leaves_checkpoints_logs_samples_and_tensorboard_files(run, slices
     for name in ("t2w_ssim", "t2w_psnr_db", "t1w_ssim", "t1w_psnr_db"):
         points = [(e.step, pytest.approx(e.value)) for e in board.Scalars(f"validation/{name}")]
         assert points == [(r["step"], r[name]) for r in records(folder, "validation")]
-    assert [image.step for image in board.Images("samples")] == [5, 10, 12]
+    for pictures in ("samples", "progress/t1w", "progress/t2w"):
+        assert [image.step for image in board.Images(pictures)] == [5, 10, 12]
+    assert {name.split("/")[0] for name in scalars} == {
+        "loss", "validation", "health", "speed", "schedule", "final"}
+    weights = {name: board.Scalars(f"schedule/lambda_{name}")[-1].value
+               for name in ("cycle_x", "cycle_y", "identity")}
+    assert weights == pytest.approx({"cycle_x": 10, "cycle_y": 10, "identity": 0.1})
+
+
+def test_intensities_of_real_and_generated_slices_are_histograms_in_tensorboard(run, slices,
+                                                                                tmp_path):
+    run("--max-steps", 7)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0}).Reload()
+    assert sorted(board.Tags()["histograms"]) == [
+        f"intensity/{domain}_{kind}" for domain in ("t1w", "t2w") for kind in ("generated", "real")]
+    store = SliceStore(slices)
+    real = board.Histograms("intensity/t2w_real")
+    assert [h.step for h in real] == [5, 7]
+    rows = train.fixed_rows(store, 32)
+    inside = (store.t2w[rows].astype(np.float32)[store.mask(rows)] + 1) / 2
+    found = real[0].histogram_value
+    assert found.num == inside.size
+    assert found.sum / found.num == pytest.approx(inside.mean(), abs=0.5 / 64)
+    assert found.bucket == list(np.histogram(inside, 64, (0, 1))[0])
+    made = [h.histogram_value.bucket for h in board.Histograms("intensity/t2w_generated")]
+    assert made[0] != made[1], "the nets have learnt in between"
+
+
+def test_hyper_parameters_stand_beside_the_last_figures_in_the_same_run(run, tmp_path):
+    run("--max-steps", 5, "--lr", 3e-4)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert start["lr"].number_value == 3e-4 and start["gan_loss"].string_value == "lsgan"
+    assert start["flip"].number_value == 1 and start["lambda_cycle"].string_value == "[10.0, 10.0]"
+    assert set(start) == {f.name for f in fields(TrainConfig)}
+    last = records(tmp_path / "run", "validation")[-1]
+    assert board.Scalars("final/t2w_ssim")[0].value == pytest.approx(last["t2w_ssim"])
+
+
+def test_progress_is_kept_each_epoch_and_shown_on_demand(run, tmp_path):
+    folder = tmp_path / "run"
+    run("--max-steps", 12)
+    kept = sorted(path.name for path in (folder / "progress").iterdir())
+    assert kept == [f"step_{step:08d}.npz" for step in (5, 10, 12)]
+    before = {domain: (folder / f"progress_{domain}.gif").read_bytes() for domain in ("t1w", "t2w")}
+    for path in folder.glob("*.gif"):
+        path.unlink()
+    outcome = run_command(train.main, "--gif", "--run", folder)  # needs no store
+    assert outcome.code == 0 and str(folder / "progress_t2w.gif") in outcome.out
+    for domain, content in before.items():
+        assert (folder / f"progress_{domain}.gif").read_bytes() == content
+        with Image.open(folder / f"progress_{domain}.gif") as gif:
+            assert gif.n_frames == 3
+    nothing = run_command(train.main, "--gif", "--run", tmp_path / "nowhere")
+    assert nothing.code == 2 and "progress: nothing kept there" in nothing.complaint
+
+
+def test_a_run_in_parts_keeps_the_same_progress_and_drops_what_was_not_saved(run, tmp_path):
+    run("--max-steps", 12, folder="whole")
+    run("--max-steps", 10)
+    folder = tmp_path / "run" / "progress"
+    stray = folder / "step_00000011.npz"  # of a run that was killed before it saved
+    stray.write_bytes(b"cut off")
+    run("--max-steps", 12)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole" / "progress").iterdir()}
+
+
+def test_a_moment_shows_what_the_averaged_nets_make_of_the_fixed_slices(slices):
+    t, store = alone(), SliceStore(slices)
+    moment = train.look(t, store, shown=2, counted=8)
+    rows = train.fixed_rows(store, 2)
+    real_x, real_y = (torch.from_numpy(a[rows].astype(np.float32))[:, None]
+                      for a in (store.t1w, store.t2w))
+    with torch.no_grad():
+        G, F = t.ema.G, t.ema.F
+        wanted = {"t1w": real_x, "to_t2w": G(real_x), "t1w_again": F(G(real_x)),
+                  "t2w": real_y, "to_t1w": F(real_y), "t2w_again": G(F(real_y))}
+        for name, slices_ in wanted.items():
+            found = getattr(moment, name)
+            assert found.dtype == np.uint8
+            np.testing.assert_allclose(found / 255, (slices_[:, 0] + 1) / 2, atol=0.51 / 255)
+        rows = train.fixed_rows(store, 8)
+        fake = G(torch.from_numpy(store.t1w[rows].astype(np.float32))[:, None])[:, 0]
+    values = ((fake + 1) / 2).numpy()[store.mask(rows)]
+    assert moment.t2w_counts[1].tolist() == np.histogram(values, 64, (0, 1))[0].tolist()
+    assert (moment.step, moment.epoch) == (0, 1)
+
+
+def test_a_terminal_shows_one_line_and_a_log_one_an_interval(slices, tmp_path):
+    """Under a pseudo-terminal the bar has the losses, and the lines of intervals go to log.txt."""
+    command = [sys.executable, "train.py", "--slices", slices, "--run", tmp_path / "run", *TINY,
+               "--max-steps", 6, "--steps-per-epoch", 6, "--log-every", 2]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=theirs, stderr=theirs) as p:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux says so when the other end is closed
+            while block := os.read(ours, 4096):
+                shown += block
+        os.close(ours)
+    text = shown.decode()
+    assert p.returncode == 0 and "100%" in text and "D_Y" in text
+    assert "pairs/s" not in text and "validation" in text
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count(" pairs/s  G ") == 3
 
 
 def test_the_sample_grid_shows_real_translated_cycled_and_identity_slices(slices):
@@ -675,7 +791,7 @@ def test_a_run_stopped_at_an_epochs_last_step_is_validated_when_it_goes_on(slice
 def test_a_second_run_in_one_folder_is_turned_away(run, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     assert run("--max-steps", 1).code == 0
-    monkeypatch.setattr(train.only_writer.__wrapped__, "__defaults__", (0.3,))
+    monkeypatch.setattr(run_folder.only_writer.__wrapped__, "__defaults__", (0.3,))
     handle = os.open(tmp_path / "run", os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -820,14 +936,6 @@ def test_no_constant_part_is_fine(run):
     assert run("--epochs", 0, "--epochs-decay", 1).code == 0
 
 
-def test_every_field_of_the_config_is_an_option_with_help():
-    offered = [name for options in train.HELP.values() for name in options]
-    assert sorted(offered) == sorted(f.name for f in fields(TrainConfig))
-    assert train.parse_args([])[0] == TrainConfig()
-    assert train.parse_args(["--lambda-cycle", "3"])[0].lambda_cycle == (3.0, 3.0)
-    assert train.parse_args(["--lambda-cycle", "3", "4"])[0].lambda_cycle == (3.0, 4.0)
-
-
 def test_options_come_from_a_file_and_the_command_line_stands_above_it(run, tmp_path):
     (tmp_path / "c.toml").write_text("lr = 1e-3\nbatch-size = 2\nlambda_cycle = [5, 7]\n"
                                      "flip = false\nfeatures = 8\n")
@@ -868,14 +976,6 @@ def test_run_folder_and_checkpoint_say_what_they_were_made_with(run, tmp_path):
     assert found["commit"] == commit.stdout.strip()
     for name in ("last", "best"):
         assert checkpoint.load(tmp_path / "run" / f"{name}.pt")["format"]["made_with"] == found
-
-
-def test_the_defaults_are_the_papers_but_for_the_two_said():
-    c = TrainConfig()
-    assert (c.gan_loss, c.lambda_cycle, c.history_size, c.lr, c.betas, c.batch_size) == (
-        "lsgan", (10.0, 10.0), 50, 2e-4, (0.5, 0.999), 1)
-    assert (c.epochs, c.epochs_decay, c.features, c.upsample) == (100, 100, 64, "transpose")
-    assert (c.lambda_identity, c.ema) == (0.1, 0.999)
 
 
 def test_training_imports_no_imaging_libraries():

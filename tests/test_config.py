@@ -1,0 +1,45 @@
+"""The options of a training run: each offered, with the paper's defaults, from line and file."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from config import HELP, TrainConfig, parse_args, plain, read_config
+
+
+def test_every_field_of_the_config_is_an_option_with_help():
+    offered = [name for options in HELP.values() for name in options]
+    assert sorted(offered) == sorted(f.name for f in fields(TrainConfig))
+    assert parse_args([])[0] == TrainConfig()
+    assert parse_args(["--lambda-cycle", "3"])[0].lambda_cycle == (3.0, 3.0)
+    assert parse_args(["--lambda-cycle", "3", "4"])[0].lambda_cycle == (3.0, 4.0)
+
+
+def test_the_defaults_are_the_papers_but_for_the_two_said():
+    c = TrainConfig()
+    assert (c.gan_loss, c.lambda_cycle, c.history_size, c.lr, c.betas, c.batch_size) == (
+        "lsgan", (10.0, 10.0), 50, 2e-4, (0.5, 0.999), 1)
+    assert (c.epochs, c.epochs_decay, c.features, c.upsample) == (100, 100, 64, "transpose")
+    assert (c.lambda_identity, c.ema) == (0.1, 0.999)
+
+
+def test_a_file_gives_tuples_numbers_and_dashes_as_the_options_want_them(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("lambda-cycle = [5, 7]\nlr = 1\nmax_steps = 3\n")
+    found = read_config(path)
+    assert found == {"lambda_cycle": (5.0, 7.0), "lr": 1.0, "max_steps": 3}
+    assert type(found["lr"]) is float and type(found["max_steps"]) is int
+
+
+def test_a_runs_own_config_repeats_it(tmp_path):
+    config = parse_args(["--lr", "1e-4", "--lambda-cycle", "3", "4", "--no-flip"])[0]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(plain(vars(config))))
+    assert parse_args(["--config", str(path)])[0] == config
+
+
+def test_an_option_is_not_guessed_from_its_beginning(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse_args(["--epoch", "3"])
+    assert leaving.value.code == 2 and "--epoch" in capsys.readouterr().err
