@@ -1,168 +1,104 @@
 """Translate whole NIfTI volumes with a trained checkpoint, on the input's own grid.
 
     python translate.py --ckpt runs/default/best.pt sub-01_T1w.nii.gz --out translated/
+    python translate.py --ckpt runs/default/best.pt --bids DIR --direction t1w-to-t2w
+    python translate.py --ckpt runs/default/best.pt --export onnx --out exported/
 
 A T1w becomes a synthetic T2w and the reverse; the direction follows from the name or --direction.
-Writes `sub-01_desc-synthetic_T2w.nii.gz` (float32 in [0, 1], 0 outside the brain, affine and header
-of the input) and a JSON file beside it that says how it was made.
+Writes `sub-01_desc-synthetic_T2w.nii.gz` (float32 in [0, 1] or as --match has it, 0 outside the
+brain, affine and header of the input) and a JSON file beside it that says how it was made. Of
+several volumes, those that cannot be translated are named and left out (exit code 3). The same
+command again goes on where it was stopped.
 
-In Python:
-
-    import nibabel
-    from translate import Translator
-    translator = Translator("runs/default/best.pt")
-    t2w = translator(nibabel.load("sub-01_T1w.nii.gz"), "t1w-to-t2w")   # a nibabel image
+In Python: see `translate_volume`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import re
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import console
-from data import bids, brain
-from data.store import write_atomically
-from data.volume import (Volume, grid_of, image_like, place, read_volume, resample, restore,
-                         slicing_grid, volume_from_image, write_like)
-from device import PRECISIONS, autocast, choose_device, choose_precision
-from models import checkpoint
+from data import brain, derivatives
+from data.derivatives import ENDING, derived_name, read_record, sidecar, stem, write_record
+from data.subject import sha256
+from data.volume import IntensityScale, image_like, read_volume, volume_from_image, write_like
+from device import PRECISIONS
+from models import checkpoint, export
+from translator import DIRECTIONS, EXTRACTIONS, NoExtractor, Translation, Translator, Wanted
 
 log = logging.getLogger("translate")
-DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
-EXTRACTIONS = ("auto", *brain.METHODS)
 NAME, VERSION = "T1w-T2w CycleGAN", "0.1.0"
+ENSEMBLE = 6  # looks of --ensemble: mirrored and not, each at the three places between slices
+SYNTHETIC, SCATTER, CYCLE = "synthetic", "syntheticSD", "cycleError"
 
 
-class Translator:
-    """A checkpoint's G and F, applied to volumes.
+def translate_volume(image: Any, ckpt: Any, direction: str = "auto", *, wanted: Wanted = Wanted(),
+                     match: Any = None, **options: Any) -> Any:
+    """Translate a nibabel image.
 
-    Parameters
-    ----------
-    ckpt : checkpoint file, `best.pt` as a rule
-    brain_extraction : "auto" takes the volume as extracted if its signal has the size of a brain,
-        else the method of the checkpoint's training data; or one of `data.brain.METHODS`
-    brain_ml : smallest and largest brain believed, in millilitres
-    device, precision : as on the command line
-    batch_size : slices translated at once
+        import nibabel
+        from translate import translate_volume
 
-    Raises
-    ------
-    ValueError, FileNotFoundError : as `models.checkpoint.load`
-    """
+        t1w = nibabel.load("sub-01_T1w.nii.gz")
+        t2w = translate_volume(t1w, "runs/default/best.pt")
+        t2w.get_fdata()                      # (I, J, K), in [0, 1], 0 outside the brain
+        t2w.to_filename("sub-01_desc-synthetic_T2w.nii.gz")
 
-    def __init__(self, ckpt: str | os.PathLike, *, brain_extraction: str = "auto",
-                 brain_ml: tuple[float, float] = brain.ADULT_ML, device: str = "auto",
-                 precision: str = "auto", batch_size: int = 16) -> None:
-        state = checkpoint.load(ckpt)
-        self.record: dict[str, Any] = state["preprocessing"]
-        self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device)
-        nets = checkpoint.load_generators(state, self.device)
-        self.generators: dict[str, torch.nn.Module] = dict(zip(DIRECTIONS, nets))
-        self._extraction, self._brain_ml, self._batch_size = brain_extraction, brain_ml, batch_size
-        self._extractors: dict[str, brain.Extractor] = {}
-
-    def __call__(self, image: Any, direction: str) -> Any:
-        """Translate a nibabel image; the answer is one, on the same grid, float32 in [0, 1]."""
-        volume = volume_from_image(image)
-        return image_like(volume, self.translate(volume, direction)[0])
-
-    def translate(self, volume: Volume, direction: str) -> tuple[np.ndarray, str]:
-        """Translate a volume.
-
-        Parameters
-        ----------
-        volume : whole head or extracted brain
-        direction : "t1w-to-t2w" or "t2w-to-t1w"
-
-        Returns
-        -------
-        translated : (I, J, K) float32 in [0, 1] on the volume's RAS grid, 0 outside the brain
-        method : the brain extraction that was used
-
-        Raises
-        ------
-        ValueError : no brain is found, or none that is believed; or no such direction
-        """
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction '{direction}' is unknown; one of {', '.join(DIRECTIONS)}")
-        mask, method = self._brain(volume)
-        translated = translate_slices(volume, mask, self._net(direction), self.record)
-        # an extracted volume has no tissue where it has no signal, holes in its mask included
-        inside = mask & brain.signal_mask(volume) if method == "none" else mask
-        return np.where(inside, translated, 0).astype(np.float32), method
-
-    def _brain(self, volume: Volume) -> tuple[np.ndarray, str]:
-        method = self._extraction
-        if method == "auto":
-            extracted = brain.looks_extracted(volume, self._brain_ml)
-            method = "none" if extracted else self._trained_method()
-        if method == "mask":
-            found = brain.given_mask(bids.brain_mask_path(bids.subject_of(volume.path)), volume)
-        else:
-            if method not in self._extractors:
-                self._extractors[method] = brain.make_extractor(method, device=str(self.device))
-            found = self._extractors[method](volume)
-        return brain.judge_mask(found, volume, limits_ml=self._brain_ml)[0], method
-
-    def _trained_method(self) -> str:
-        """How the training data's brains were found, for a volume that is not extracted."""
-        methods = [m for m in self.record["brain_extraction"] if m != "none"]
-        return methods[0] if methods else "hd-bet"
-
-    def _net(self, direction: str) -> Callable[[np.ndarray], np.ndarray]:
-        net = self.generators[direction]
-
-        def run(slices: np.ndarray) -> np.ndarray:
-            out = []
-            for first in range(0, len(slices), self._batch_size):
-                batch = torch.from_numpy(slices[first:first + self._batch_size])[:, None]
-                with torch.no_grad(), autocast(self.device, self.precision):
-                    fake: Tensor = net(batch.to(self.device))
-                out.append(fake.float().cpu().numpy()[:, 0])
-            return np.concatenate(out)
-
-        return run
-
-
-def translate_slices(volume: Volume, mask: np.ndarray, net: Callable[[np.ndarray], np.ndarray],
-                     record: dict[str, Any]) -> np.ndarray:
-    """Cut a volume into slices as in training, translate them, and put them back on its own grid.
+    For many volumes make a `Translator` once and give it in place of the checkpoint; for maps of
+    uncertainty and cycle error see `Translator.translate`. What `--help` calls a warning is logged.
 
     Parameters
     ----------
-    volume : the scan
-    mask : (I, J, K) bool, its brain
-    net : from slices (n, H, W) float32 in [-1, 1] to their translations alike
-    record : a checkpoint's preprocessing record (`size`, `spacing_mm`, `intensity`)
+    image : nibabel NIfTI image, one 3-D volume: a whole head or an extracted brain, any orientation
+    ckpt : checkpoint file, or a `Translator`
+    direction : "t1w-to-t2w", "t2w-to-t1w", or "auto": by the name of the file that the image came
+        from, which then ends in _T1w or _T2w
+    wanted : looks to average over, force, ...
+    match : nibabel image of the target contrast whose intensities are taken; None for [0, 1]
+    options : of `Translator`: brain_extraction, brain_ml, device, precision, batch_size
 
     Returns
     -------
-    translated : (I, J, K) float32 in [0, 1], meaningful inside the mask only
+    nibabel image on the same grid with the same affine and header, float32
+
+    Raises
+    ------
+    ValueError : no brain is found, the volume is of the other contrast, ...; says what and why
     """
-    grid = slicing_grid(volume, record["spacing_mm"])
-    on_grid = resample(mask, volume.affine, grid, nearest=True)
-    slices, placement = place(resample(volume.data, volume.affine, grid), on_grid, grid,
-                              record["size"], path=volume.path)
-    if placement.cut_share > 0.005:
-        log.warning("warning: %s: %.1f %% of the brain lies outside the frame of %d pixels and is "
-                    "filled with its rim", volume.path, 100 * placement.cut_share, record["size"])
-    full = np.flatnonzero(on_grid.any(axis=(0, 1)))
-    translated = np.full_like(slices, -1)
-    translated[full] = net(slices[full])
-    return restore(translated, on_grid, placement, grid_of(volume))
+    if isinstance(ckpt, Translator) and options:
+        raise ValueError(f"{', '.join(options)}: give this to the Translator")
+    translator = ckpt if isinstance(ckpt, Translator) else Translator(ckpt, **options)
+    path = image.get_filename() or "the image"
+    if direction == "auto":
+        direction = direction_of(Path(path))
+    volume = volume_from_image(image, path)
+    found = translator.translate(volume, direction, wanted)
+    for warning in found.warnings:
+        log.warning("warning: %s: %s", path, warning)
+    if match is None:
+        return image_like(volume, found.data)
+    reference = volume_from_image(match, match.get_filename() or "the reference")
+    scale = translator.scale_of(reference, DIRECTIONS[direction][1], force=wanted.force)
+    return image_like(volume, matched(found.data, found.inside, scale))
+
+
+def matched(data: np.ndarray, inside: np.ndarray, scale: IntensityScale) -> np.ndarray:
+    """[0, 1] in a reference's units: its own scale undone, so 0 and 1 become what it had there.
+
+    Linear: a monotone curve of histograms would fit better, and would move contrasts of its own.
+    """
+    return np.where(inside, data * (scale.high - scale.low) + scale.low, 0).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -172,94 +108,306 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line of `translate.py`."""
     p = console.OneLineParser(description=__doc__, formatter_class=console.Formatter,
                               allow_abbrev=False)
-    p.add_argument("inputs", nargs="+", type=Path, metavar="NIFTI", help="volumes to translate")
     p.add_argument("--ckpt", type=Path, required=True, default=argparse.SUPPRESS,
                    help="checkpoint, best.pt as a rule")
     p.add_argument("--out", type=Path, default=Path("translated"), help="folder to write into")
-    p.add_argument("--direction", choices=("auto", *DIRECTIONS), default="auto",
+    p.add_argument("--overwrite", action="store_true",
+                   help="make again what another checkpoint or other options have made there")
+    p.add_argument("--export", choices=tuple(export.ENDINGS),
+                   help="write the nets for other programs instead of translating")
+    g = p.add_argument_group("volumes")
+    g.add_argument("inputs", nargs="*", type=Path, metavar="NIFTI", help="volumes to translate")
+    g.add_argument("--bids", type=Path, metavar="DIR",
+                   help="all T1w or all T2w of a BIDS tree, as --direction says; --out becomes a "
+                        "tree alike")
+    g.add_argument("--direction", choices=("auto", *DIRECTIONS), default="auto",
                    help="auto: from the names, which end in _T1w or _T2w")
-    p.add_argument("--brain-extraction", choices=EXTRACTIONS, default="auto",
+    g.add_argument("--brain-extraction", choices=EXTRACTIONS, default="auto",
                    help="auto: none for an extracted volume, else as the training data")
-    p.add_argument("--brain-ml", type=float, nargs=2, default=brain.ADULT_ML,
+    g.add_argument("--brain-ml", type=float, nargs=2, default=brain.ADULT_ML,
                    metavar=("MIN", "MAX"), help="brain volumes believed, in millilitres (adults)")
-    p.add_argument("--batch-size", type=int, default=16, help="slices translated at once")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:K")
-    p.add_argument("--precision", choices=PRECISIONS, default="auto", help="arithmetic of the nets")
+    g.add_argument("--force", action="store_true",
+                   help="translate what looks like the other contrast, too")
+    g = p.add_argument_group("results")
+    g.add_argument("--match", type=Path, metavar="FILE",
+                   help="a real volume of the target contrast whose intensities are taken: the "
+                        "percentiles of its brain in place of 0 and 1")
+    g.add_argument("--ensemble", action="store_true",
+                   help=f"mean over {ENSEMBLE} mirrored and shifted looks: fewer seams between "
+                        f"slices, {ENSEMBLE} times as long")
+    g.add_argument("--uncertainty", type=int, default=0, metavar="N",
+                   help="also write the voxels' standard deviation over N such looks (0: no)")
+    g.add_argument("--cycle-error", action="store_true",
+                   help="also translate back and write the distance to the input, in [0, 1]")
+    g = p.add_argument_group("run")
+    g.add_argument("--batch-size", type=int, default=8, help="slices translated at once")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:K")
+    g.add_argument("--precision", choices=PRECISIONS, default="auto", help="arithmetic of the nets")
     args = p.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse options that cannot work, alone or together."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.uncertainty < 0 or args.uncertainty == 1:
+        raise ValueError(f"--uncertainty {args.uncertainty}: a scatter needs at least 2 looks")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file; name a folder")
-    return args
+    ways = [bool(args.inputs), args.bids is not None, args.export is not None]
+    if sum(ways) != 1:
+        raise ValueError("name volumes, or --bids DIR, or --export FORMAT; one of the three")
+    if args.bids and args.direction == "auto":
+        raise ValueError("--bids: say with --direction whether all T1w (t1w-to-t2w) or all T2w "
+                         "(t2w-to-t1w) are to be translated")
+    if args.bids and args.out.resolve() == args.bids.resolve():
+        raise ValueError(f"--out {args.out}: is the tree itself; name another folder")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parse_args(argv)
-    plan = plan_outputs(args.inputs, args.out, args.direction)
+    if args.export:
+        return export_nets(args)
+    if args.bids:
+        suffix = DIRECTIONS[args.direction][0]
+        jobs = plan_tree(args.bids, derivatives.find_scans(args.bids, suffix), args)
+    else:
+        jobs = plan_files(args.inputs, args)
+    described = describe(args)
+    waiting = [job for job in jobs if not job.is_done(described, args.overwrite)]
+    if len(waiting) < len(jobs):
+        log.info("%d of %d volumes are there already", len(jobs) - len(waiting), len(jobs))
+    if not waiting:
+        return console.DONE
     translator = Translator(args.ckpt, brain_extraction=args.brain_extraction,
                             brain_ml=tuple(args.brain_ml), device=args.device,
                             precision=args.precision, batch_size=args.batch_size)
-    hashed = checkpoint.fingerprint(args.ckpt)
+    scale = match_scale(translator, waiting, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    _describe_dataset(args.out)
-    for source, direction, target in tqdm(plan, unit="volume", desc="translate", disable=None):
-        volume = read_volume(source)
-        translated, method = translator.translate(volume, direction)
-        sidecar = {
-            "Description": f"{DIRECTIONS[direction][1]} translated from "
-                           f"{DIRECTIONS[direction][0]}; synthetic, not for diagnosis",
-            "Sources": [source.name], "SkullStripped": True, "Direction": direction,
-            "BrainExtraction": method, "Checkpoint": args.ckpt.name, "CheckpointSHA256": hashed,
-            "Precision": str(translator.precision).removeprefix("torch."),
-            "Preprocessing": {k: translator.record[k] for k in ("size", "spacing_mm", "intensity")},
-        }
-        write_like(volume, translated, target)
-        write_atomically(target.with_name(_stem(target) + ".json"),
-                         (json.dumps(sidecar, indent=1) + "\n").encode())
-        log.info("%s -> %s", source, target)
+    derivatives.describe_dataset(args.out, name="Synthetic T1w and T2w volumes", source=args.bids,
+                                 generator={"Name": NAME, "Version": VERSION})
+    left_out = 0
+    with logging_redirect_tqdm():
+        for job in tqdm(waiting, unit="volume", desc="translate", disable=None):
+            try:
+                translate_job(job, translator, wanted_of(args), scale, described)
+            except NoExtractor:  # no volume's fault, and none would do better
+                raise
+            except (ValueError, FileNotFoundError) as error:
+                if len(jobs) == 1:
+                    raise
+                left_out += 1
+                log.warning("warning: left out: %s", " ".join(str(error).split()))
+    if left_out:
+        log.warning("%d of %d volumes were left out", left_out, len(jobs))
+    return console.LEFT_OUT if left_out else console.DONE
+
+
+def export_nets(args: argparse.Namespace) -> int:
+    """Write the nets of the directions asked for, each with a JSON file on what it takes."""
+    state = checkpoint.load(args.ckpt)
+    record, nets = state["preprocessing"], dict(zip(DIRECTIONS, checkpoint.load_generators(state)))
+    if args.export == "onnx":
+        export.require_onnx()
+    args.out.mkdir(parents=True, exist_ok=True)
+    directions = DIRECTIONS if args.direction == "auto" else (args.direction,)
+    for direction in tqdm(directions, unit="net", desc="export", disable=None):
+        path = args.out / f"{direction}{export.ENDINGS[args.export]}"
+        export.export(nets[direction], record["size"], args.export, path)
+        source, target = DIRECTIONS[direction]
+        write_record(path.with_suffix(".json"), {
+            "Description": f"{source} slices to synthetic {target} slices; not for diagnosis",
+            "Format": args.export, "Input": export.INPUT, "Output": export.OUTPUT,
+            "Shape": ["N", 1, record["size"], record["size"]], "DType": "float32",
+            "Range": [-1, 1], "Background": -1, "SliceLayout": record.get("layout", ""),
+            "Preprocessing": preprocessing_of(record), "Checkpoint": args.ckpt.name,
+            "CheckpointSHA256": checkpoint.fingerprint(args.ckpt)})
+        log.info("%s -> %s", args.ckpt, path)
     return console.DONE
 
 
-def plan_outputs(inputs: list[Path], out: Path, direction: str) -> list[tuple[Path, str, Path]]:
-    """Input, direction and output of each file; refuses now what could not work later."""
-    plan = []
+# ---------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One volume to translate.
+
+    Attributes
+    ----------
+    source : the file
+    direction : one of `DIRECTIONS`
+    outputs : file to write by what it is (`SYNTHETIC`, `SCATTER`, `CYCLE`)
+    name : of the source, for the record: below its tree, or of the file alone
+    """
+
+    source: Path
+    direction: str
+    outputs: dict[str, Path]
+    name: str
+
+    def is_done(self, described: dict[str, Any], overwrite: bool) -> bool:
+        """Whether a run with the same checkpoint, options and source has made the files whole.
+
+        The record is written last: files without one are of a run that was killed.
+
+        Raises
+        ------
+        ValueError : they were made otherwise, and may not be overwritten
+        """
+        found = read_record(sidecar(self.outputs[SYNTHETIC]))
+        if not found or not all(path.exists() for path in self.outputs.values()):
+            return False
+        same = all(found.get(key) == described[key] for key in ("CheckpointSHA256", "Settings"))
+        if same and found.get("Direction") == self.direction \
+                and self.source.is_file() and found.get("SourceSHA256") == sha256(self.source):
+            return True
+        if overwrite:
+            return False
+        raise ValueError(f"{self.outputs[SYNTHETIC]}: made with another checkpoint, other options "
+                         "or from another file; take another --out, or --overwrite")
+
+
+def plan_files(inputs: Sequence[Path], args: argparse.Namespace) -> list[Job]:
+    """Jobs for single files; refuses now what could not work later."""
+    jobs = []
     for source in inputs:
         if not source.is_file():
             raise FileNotFoundError(f"{source}: no such file; check the name")
-        if not re.search(r"\.nii(\.gz)?$", source.name):
+        if not ENDING.search(source.name):
             raise ValueError(f"{source}: not a .nii or .nii.gz file")
-        way = direction if direction != "auto" else _direction_of(source)
-        stem = re.sub(r"_?T[12]w$", "", _stem(source))
-        target = out / f"{stem}{'_' if stem else ''}desc-synthetic_{DIRECTIONS[way][1]}.nii.gz"
-        plan.append((source, way, target))
-    targets = [target for _, _, target in plan]
-    for source, _, target in plan:
-        if targets.count(target) > 1:
-            raise ValueError(f"{source}: another input would be written to {target}, too; "
-                             "translate them into different --out folders")
-    return plan
+        direction = args.direction if args.direction != "auto" else direction_of(source)
+        jobs.append(Job(source, direction, outputs_of(source, direction, args.out, args),
+                        source.name))
+    return check_plan(jobs, args)
 
 
-def _direction_of(source: Path) -> str:
+def plan_tree(root: Path, scans: Sequence[Path], args: argparse.Namespace) -> list[Job]:
+    """Jobs for the scans of a BIDS tree, into a tree of derivatives."""
+    jobs = []
+    for source in scans:
+        name = source.relative_to(root)
+        outputs = outputs_of(source, args.direction, args.out / name.parent, args)
+        jobs.append(Job(source, args.direction, outputs, f"bids:raw:{name.as_posix()}"))
+    return check_plan(jobs, args)
+
+
+def outputs_of(source: Path, direction: str, folder: Path,
+               args: argparse.Namespace) -> dict[str, Path]:
+    """The files that a volume's translation consists of; a cycle's error is of the source."""
+    start, end = DIRECTIONS[direction]
+    outputs = {SYNTHETIC: folder / derived_name(source, SYNTHETIC, end)}
+    if args.uncertainty:
+        outputs[SCATTER] = folder / derived_name(source, SCATTER, end)
+    if args.cycle_error:
+        outputs[CYCLE] = folder / derived_name(source, CYCLE, start)
+    return outputs
+
+
+def check_plan(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
+    """Refuse two inputs for one output, and one --match for two contrasts."""
+    counts = Counter(job.outputs[SYNTHETIC] for job in jobs)
+    for job in jobs:
+        if counts[job.outputs[SYNTHETIC]] > 1:
+            raise ValueError(f"{job.source}: another input would be written to "
+                             f"{job.outputs[SYNTHETIC]}, too; translate them into different --out "
+                             "folders")
+    if args.match and len({job.direction for job in jobs}) > 1:
+        raise ValueError(f"--match {args.match}: T1w and T2w are to be made; translate them in two "
+                         "runs, each with a reference of its own")
+    return jobs
+
+
+def direction_of(source: Path) -> str:
+    """The direction that a file's name says."""
     for direction, (start, _) in DIRECTIONS.items():
-        if _stem(source).endswith(start):
+        if stem(source).endswith(start):
             return direction
     raise ValueError(f"{source}: the name does not end in _T1w or _T2w; say which it is with "
                      "--direction")
 
 
-def _stem(path: Path) -> str:
-    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+def wanted_of(args: argparse.Namespace) -> Wanted:
+    """What the options ask of each translation."""
+    looks = max(ENSEMBLE, args.uncertainty) if args.ensemble else 1
+    return Wanted(looks, args.uncertainty, args.cycle_error, args.force)
 
 
-def _describe_dataset(out: Path) -> None:
-    """BIDS asks a folder of derivatives to say what made them."""
-    path = out / "dataset_description.json"
-    if not path.exists():
-        text = {"Name": "Synthetic T1w and T2w volumes", "BIDSVersion": "1.8.0",
-                "DatasetType": "derivative", "GeneratedBy": [{"Name": NAME, "Version": VERSION}]}
-        write_atomically(path, (json.dumps(text, indent=1) + "\n").encode())
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """The part of the records that is the same for all volumes of a run."""
+    settings = {"BrainExtraction": args.brain_extraction, "BrainMl": list(args.brain_ml),
+                "Precision": args.precision, **asdict(wanted_of(args)),
+                "Match": args.match.name if args.match else None,
+                "MatchSHA256": sha256(_existing(args.match, "file")) if args.match else None}
+    return {"Checkpoint": args.ckpt.name, "Settings": settings,
+            "CheckpointSHA256": checkpoint.fingerprint(_existing(args.ckpt, "checkpoint"))}
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {what}; check the name")
+    return path
+
+
+def match_scale(translator: Translator, jobs: list[Job],
+                args: argparse.Namespace) -> IntensityScale | None:
+    """The intensities that --match names, None without it."""
+    if not args.match:
+        return None
+    return translator.scale_of(read_volume(args.match), DIRECTIONS[jobs[0].direction][1],
+                               force=args.force)
+
+
+def preprocessing_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's preprocessing decides how a volume is cut."""
+    return {key: record[key] for key in ("size", "spacing_mm", "intensity")}
+
+
+def translate_job(job: Job, translator: Translator, wanted: Wanted, scale: IntensityScale | None,
+                  described: dict[str, Any]) -> None:
+    """Translate one volume and write its files, the record last."""
+    volume = read_volume(job.source)
+    found = translator.translate(volume, job.direction, wanted)
+    for warning in found.warnings:
+        log.warning("warning: %s: %s", job.source, warning)
+    data, scatter = found.data, found.uncertainty
+    if scale:
+        data = matched(data, found.inside, scale)
+        scatter = None if scatter is None else scatter * np.float32(scale.high - scale.low)
+    start, end = DIRECTIONS[job.direction]
+    parts = {SCATTER: (scatter, f"standard deviation of the synthetic {end} over "
+                                f"{wanted.uncertainty} mirrored and shifted looks of the net"),
+             CYCLE: (found.cycle_error, f"distance of the {start} from its translation to {end} "
+                                        "and back, in [0, 1]"),
+             SYNTHETIC: (data, f"{end} translated from {start}; synthetic, not for diagnosis")}
+    for path in job.outputs.values():  # the record of before goes first, it is the files' word
+        sidecar(path).unlink(missing_ok=True)
+        derivatives.remove_parts(path)
+        derivatives.remove_parts(sidecar(path))
+    common = record_of(job, translator, found, described, scale)
+    for what, (values, _) in parts.items():
+        if what in job.outputs:
+            assert values is not None
+            write_like(volume, values, job.outputs[what])
+    for what, (_, text) in parts.items():
+        if what in job.outputs:
+            write_record(sidecar(job.outputs[what]), {"Description": text, **common})
+    log.info("%s -> %s", job.source, job.outputs[SYNTHETIC])
+
+
+def record_of(job: Job, translator: Translator, found: Translation, described: dict[str, Any],
+              scale: IntensityScale | None) -> dict[str, Any]:
+    """What is said of how a volume was made."""
+    units = ("relative, 0 to 1" if scale is None else
+             f"as {described['Settings']['Match']}: 0 to 1 is {scale.low:g} to {scale.high:g}")
+    return {"Sources": [job.name], "SourceSHA256": sha256(job.source), "SkullStripped": True,
+            "Direction": job.direction, "BrainExtraction": found.method, "Intensities": units,
+            "Precision": str(translator.precision).removeprefix("torch."),
+            "Preprocessing": preprocessing_of(translator.record), **described,
+            "Warnings": found.warnings}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,322 @@
+"""Whole volumes through a checkpoint's nets: cut as in training, translated, laid back.
+
+What `translate.py` and a notebook share. Joins `data/` (brains, slices, grids) and `models/` (nets,
+looks); reads no options and writes no files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from data import bids, brain, contrast
+from data.volume import (Grid, IntensityScale, Placement, Volume, crop_or_pad, fit_scale, grid_of,
+                         image_like, place, resample, restore, slicing_grid, to_slices,
+                         volume_from_image)
+from device import choose_device, choose_precision
+from models import checkpoint
+from models.ensemble import Scatter, draw_looks
+
+DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
+EXTRACTIONS = ("auto", *brain.METHODS)
+MOST_CUT = 0.005  # share of a brain that may lie outside the frame without a word
+Net = Callable[[np.ndarray], np.ndarray]  # slices (n, H, W) float32 in [-1, 1] to others alike
+
+
+class NoExtractor(ValueError):
+    """A method of brain extraction that cannot run here: its package or its weights are missing."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a translation, besides the direction.
+
+    Attributes
+    ----------
+    looks : how many mirrored and shifted looks the answer is the mean of; 1 is the plain one
+    uncertainty : over how many looks the standard deviation is taken; 0 for none
+    cycle_error : whether to translate back, too, and to give the distance to the input
+    force : whether to translate what looks like the other contrast
+    """
+
+    looks: int = 1
+    uncertainty: int = 0
+    cycle_error: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.looks < 1:
+            raise ValueError(f"{self.looks} looks: the answer is the mean of at least one")
+        if self.uncertainty < 0 or self.uncertainty == 1:
+            raise ValueError(f"uncertainty over {self.uncertainty} looks: a scatter needs at least "
+                             "two (0: none)")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A translated volume; all arrays (I, J, K) float32 on its RAS grid, 0 outside the brain.
+
+    Attributes
+    ----------
+    data : in [0, 1]
+    uncertainty : standard deviation over the looks, in the same unit; None if not asked for
+    cycle_error : |F(G(x)) - x|, or |G(F(y)) - y|, in [0, 1]; None if not asked for
+    inside : (I, J, K) bool, the brain
+    method : the brain extraction that was used
+    warnings : what the user should know of this volume, a line each
+    """
+
+    data: np.ndarray
+    uncertainty: np.ndarray | None
+    cycle_error: np.ndarray | None
+    inside: np.ndarray
+    method: str
+    warnings: list[str] = field(default_factory=list)
+
+
+class Translator:
+    """A checkpoint's G and F, applied to volumes.
+
+    Parameters
+    ----------
+    ckpt : checkpoint file, `best.pt` as a rule
+    brain_extraction : "auto" takes the volume as extracted if its signal has the size of a brain,
+        else the method of the checkpoint's training data; or one of `data.brain.METHODS`
+    brain_ml : smallest and largest brain believed, in millilitres
+    device, precision : as on the command line
+    batch_size : slices translated at once
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : as `models.checkpoint.load`
+    """
+
+    def __init__(self, ckpt: str | os.PathLike, *, brain_extraction: str = "auto",
+                 brain_ml: tuple[float, float] = brain.ADULT_ML, device: str = "auto",
+                 precision: str = "auto", batch_size: int = 8) -> None:
+        if brain_extraction not in EXTRACTIONS:
+            raise ValueError(f"brain extraction '{brain_extraction}' is unknown; one of "
+                             f"{', '.join(EXTRACTIONS)}")
+        state = checkpoint.load(ckpt)
+        self.record: dict[str, Any] = state["preprocessing"]
+        self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
+        # Weights in half precision give what autocast gives, to the bit, and on CPUs a fifth
+        # sooner: autocast takes each reflection padding to float32 and back.
+        nets = [net.to(self.precision) for net in checkpoint.load_generators(state, self.device)]
+        self.generators: dict[str, torch.nn.Module] = dict(zip(DIRECTIONS, nets))
+        self._extraction, self._brain_ml, self._batch_size = brain_extraction, brain_ml, batch_size
+        self._extractors: dict[str, brain.Extractor] = {}
+
+    def __call__(self, image: Any, direction: str, *, force: bool = False) -> Any:
+        """Translate a nibabel image; the answer is one, on the same grid, float32 in [0, 1]."""
+        volume = volume_from_image(image)
+        return image_like(volume, self.translate(volume, direction, Wanted(force=force)).data)
+
+    def translate(self, volume: Volume, direction: str, wanted: Wanted = Wanted()) -> Translation:
+        """Translate a volume.
+
+        Parameters
+        ----------
+        volume : whole head or extracted brain
+        direction : "t1w-to-t2w" or "t2w-to-t1w"
+        wanted : see there
+
+        Raises
+        ------
+        ValueError : no brain is found, or none that is believed; the volume looks like the other
+            contrast; or no such direction
+        """
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction '{direction}' is unknown; one of {', '.join(DIRECTIONS)}")
+        mask, inside, method = self.find_brain(volume)
+        plain = cut(volume, mask, self.record)
+        warnings = self._judge(plain, volume, mask, DIRECTIONS[direction][0], wanted.force)
+        there, back = self._net(direction), self._net(_reverse(direction))
+        box = _box(inside)
+        target = _part(grid_of(volume), box)
+        native = volume.spacing_mm[2] > 0.999 * plain.placement.grid.spacing_mm[2]
+        looks = draw_looks(max(wanted.looks, wanted.uncertainty), between=not native)
+        answer, scatter, error = Scatter(), Scatter(), None
+        for number, look in enumerate(looks):
+            stack = cut(volume, mask, self.record, look.phase) if look.phase else plain
+            fake = look.undo(there(look.show(stack.slices)))
+            if number == 0 and wanted.cycle_error:
+                away = np.abs(back(fake) - stack.slices) - 1  # of a range of 2, as a share: [-1, 1]
+                error = stack.lay_back(away, target)
+            laid = stack.lay_back(fake, target)
+            if number < wanted.looks:
+                answer.add(laid)
+            if number < wanted.uncertainty:
+                scatter.add(laid)
+
+        def whole(part: np.ndarray | None) -> np.ndarray | None:
+            if part is None:
+                return None
+            laid_out = np.zeros(volume.data.shape, np.float32)
+            laid_out[box] = np.where(inside[box], part, 0)
+            return laid_out
+
+        data = whole(answer.mean)
+        assert data is not None
+        return Translation(data, whole(scatter.sd if wanted.uncertainty else None), whole(error),
+                           inside, method, warnings)
+
+    def find_brain(self, volume: Volume) -> tuple[np.ndarray, np.ndarray, str]:
+        """Find a volume's brain.
+
+        Returns
+        -------
+        mask : (I, J, K) bool, as in training: holes filled
+        inside : where a translation belongs; an extracted volume has no tissue where it has no
+            signal, holes included
+        method : of the extraction
+        """
+        method = self._extraction
+        if method == "auto":
+            extracted = brain.looks_extracted(volume, self._brain_ml)
+            method = "none" if extracted else self._trained_method()
+        if method == "mask":
+            found = brain.given_mask(bids.brain_mask_path(bids.subject_of(volume.path)), volume)
+        else:
+            found = self._extractor(method)(volume)
+        mask, _ = brain.judge_mask(found, volume, limits_ml=self._brain_ml)
+        return mask, mask & brain.signal_mask(volume) if method == "none" else mask, method
+
+    def _extractor(self, method: str) -> brain.Extractor:
+        if method not in self._extractors:
+            try:
+                self._extractors[method] = brain.make_extractor(method, device=str(self.device))
+            except ValueError as error:
+                raise NoExtractor(str(error)) from None
+        return self._extractors[method]
+
+    def scale_of(self, volume: Volume, suffix: str, *, force: bool = False) -> IntensityScale:
+        """The intensities of a reference volume: what 0 and 1 of a translation become.
+
+        Raises
+        ------
+        ValueError : as `translate`, where the reference is not of the contrast `suffix`
+        """
+        mask, _, _ = self.find_brain(volume)
+        stack = cut(volume, mask, self.record)
+        found = contrast.tell(stack.measure(self.record["spacing_mm"]))
+        if found not in ("", suffix) and not force:
+            raise ValueError(f"{volume.path}: looks like a {found}, and intensities of a {suffix} "
+                             "are wanted; give another --match, or --force if it is one")
+        return fit_scale(volume.data, mask, path=volume.path,
+                         upper=self.record["intensity"]["upper_percentile"])
+
+    def _trained_method(self) -> str:
+        """How the training data's brains were found, for a volume that is not extracted."""
+        methods = [m for m in self.record["brain_extraction"] if m != "none"]
+        return methods[0] if methods else "hd-bet"
+
+    def _judge(self, stack: Cut, volume: Volume, mask: np.ndarray, suffix: str,
+               force: bool) -> list[str]:
+        """Refuse the other contrast; say what is unlike the training data."""
+        warnings = []
+        figures = stack.measure(self.record["spacing_mm"])
+        found = contrast.tell(figures)
+        if found == "":
+            warnings.append(f"cannot tell whether it is a T1w or a T2w ({figures}); look at it")
+        elif found != suffix:
+            text = f"looks like a {found}, not like a {suffix} ({figures})"
+            if not force:
+                raise ValueError(f"{volume.path}: {text}; choose the other --direction, or --force "
+                                 f"if it is a {suffix}")
+            warnings.append(text)
+        if stack.placement.cut_share > MOST_CUT:
+            warnings.append(f"{100 * stack.placement.cut_share:.1f} % of the brain lies outside "
+                            f"the frame of {self.record['size']} pixels and is filled with its rim")
+        sizes = {"brain_ml": float(mask.sum()) * volume.voxel_ml,
+                 "slice_spacing_mm": float(stack.placement.grid.spacing_mm[2])}
+        return warnings + contrast.far_from_training(figures, suffix, sizes,
+                                                     self.record.get("training", {}))
+
+    def _net(self, direction: str) -> Net:
+        """A direction's generator as a function of slices; empty ones stay background."""
+        net = self.generators[direction]
+
+        def run(slices: np.ndarray) -> np.ndarray:
+            full = np.flatnonzero((slices > -1).any(axis=(1, 2)))
+            out = np.full_like(slices, -1)
+            for first in range(0, len(full), self._batch_size):
+                rows = full[first:first + self._batch_size]
+                batch = torch.from_numpy(slices[rows])[:, None].to(self.device, self.precision)
+                with torch.inference_mode():
+                    out[rows] = net(batch).float().cpu().numpy()[:, 0]
+            return out
+
+        return run
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A volume as slices, and where they were.
+
+    Attributes
+    ----------
+    slices : (n, H, W) float32 in [-1, 1]
+    mask : (I, J, K) bool, the brain on the slicing grid
+    placement : see `data.volume`
+    """
+
+    slices: np.ndarray
+    mask: np.ndarray
+    placement: Placement
+
+    def lay_back(self, slices: np.ndarray, target: Grid) -> np.ndarray:
+        """Slices that answer these, on a grid in the world: `data.volume.restore`."""
+        return restore(slices, self.mask, self.placement, target)
+
+    def measure(self, pixel_mm: float) -> contrast.Figures:
+        """The figures of the brain's intensities."""
+        inside = crop_or_pad(self.mask, self.placement.centre, self.slices.shape[1], fill=False)
+        return contrast.measure(self.slices, to_slices(inside),
+                                (float(self.placement.grid.spacing_mm[2]), pixel_mm))
+
+
+def cut(volume: Volume, mask: np.ndarray, record: dict[str, Any], phase: float = 0.0) -> Cut:
+    """Cut a volume into slices as training did.
+
+    Parameters
+    ----------
+    volume : the scan
+    mask : (I, J, K) bool, its brain
+    record : a checkpoint's preprocessing record (`size`, `spacing_mm`)
+    phase : how far between their places slices are cut, in slices
+    """
+    grid = slicing_grid(volume, record["spacing_mm"])
+    if phase:
+        affine = grid.affine.copy()
+        affine[:3, 3] += phase * affine[:3, 2]
+        grid = Grid(grid.shape, affine)
+    on_grid = resample(mask, volume.affine, grid, nearest=True)
+    slices, placement = place(resample(volume.data, volume.affine, grid), on_grid, grid,
+                              record["size"], path=volume.path)
+    return Cut(slices, on_grid, placement)
+
+
+def _reverse(direction: str) -> str:
+    return next(d for d in DIRECTIONS if d != direction)
+
+
+def _box(mask: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box of voxels that holds a brain: nothing is interpolated outside of it."""
+    hits = (np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
+    i, j, k = (slice(int(hit[0]), int(hit[-1]) + 1) for hit in hits)
+    return i, j, k
+
+
+def _part(grid: Grid, box: tuple[slice, slice, slice]) -> Grid:
+    """A box of a grid's voxels as a grid of its own."""
+    affine = grid.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ [float(side.start) for side in box]
+    i, j, k = (side.stop - side.start for side in box)
+    return Grid((i, j, k), affine)
