@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from models import checkpoint
 from report import progress
 
 log = logging.getLogger("train")
+JUDGED = ("validation", "health", "warning")  # kinds of lines that belong to an epoch's end
 
 
 @contextlib.contextmanager
@@ -98,9 +99,10 @@ class RunLog:
     folder : of the run
     process : this one
     step : where the run goes on; what an interrupted one logged after it goes
+    judged_step : the last step whose validation is part of the checkpoint; a later one is repeated
     """
 
-    def __init__(self, folder: Path, process: Process, step: int):
+    def __init__(self, folder: Path, process: Process, step: int, judged_step: int = 0):
         self._on = process.is_main
         if not self._on:
             return
@@ -113,7 +115,9 @@ class RunLog:
         log.setLevel(logging.INFO)
         metrics = folder / "metrics.jsonl"
         before = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-        kept = "".join(line + "\n" for line in before if _step_of(line) <= step)
+        kept = "".join(line + "\n" for line in before
+                       if _step_of(line, JUDGED) <= judged_step
+                       and _step_of(line) <= step)
         write_atomically(metrics, kept.encode())
         self._metrics = open(metrics, "a", encoding="utf-8")
         for path in (folder / "progress").glob("step_*.npz"):
@@ -190,10 +194,14 @@ class RunLog:
             self._handler.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity where a kill cut the line short."""
+def _step_of(line: str, kinds: Container[str] | None = None) -> float:
+    """The step of a line of metrics; infinity where a kill cut the line short.
+
+    With `kinds`, -infinity for a line of another kind.
+    """
     try:
-        return json.loads(line)["step"]
+        found = json.loads(line)
+        return found["step"] if kinds is None or found["kind"] in kinds else -math.inf
     except ValueError:
         return math.inf
 

@@ -569,7 +569,7 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
     t.where = functools.partial(name_slices, store, loader)
     if state:
         t.load(state)
-    with contextlib.closing(RunLog(run, process, t.step)) as run_log:
+    with contextlib.closing(RunLog(run, process, t.step, t.best["judged_step"])) as run_log:
         _announce(t, store)
         if state:
             log.info("going on from %s, step %d", last, t.step)

@@ -606,6 +606,23 @@ def test_steps_that_a_killed_run_logged_but_did_not_save_are_logged_once(run, tm
     assert [r["step"] for r in records(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_epoch_that_was_judged_but_not_saved_as_judged_is_logged_once(run, tmp_path):
+    """Killed after the validation's lines and before last.pt, which is of the epoch's last step."""
+    run("--max-steps", 10)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    judged = [line for line in lines if json.loads(line)["step"] == 10
+              and json.loads(line)["kind"] in ("validation", "health", "warning")]
+    state = checkpoint.load(tmp_path / "run" / "last.pt", resume=True)
+    state["best"]["judged_step"] = 5  # as a save within the epoch, at its last step, has it
+    state["sampler"].update(epoch=1, step=5, epoch_counted=5)
+    checkpoint.save(tmp_path / "run" / "last.pt", state)
+    assert run("--max-steps", 10).code == 0
+    again = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["kind"] for line in again if json.loads(line)["step"] == 10]
+    assert kinds.count("validation") == kinds.count("health") == 1 and len(judged) >= 2
+    assert len([r for r in records(tmp_path / "run", "validation")]) == 2
+
+
 def test_changed_options_are_refused_by_name_and_taken_with_override(run, tmp_path):
     run("--max-steps", 2)
     outcome = run("--max-steps", 4, "--lr", 0.001, "--betas", 0.9, 0.99, "--history-size", 7)
