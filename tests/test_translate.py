@@ -1,4 +1,4 @@
-"""Tests of translate.py: geometry by an identity net, names, brains, errors."""
+"""Tests of translate.py: names, trees, records, maps, exports, errors; `translate_volume`."""
 
 import json
 
@@ -7,27 +7,12 @@ import numpy as np
 import pytest
 import torch
 from commands import run_command
-from conftest import lay_affine, paint, write_pair
-from scipy import ndimage
-from torch import nn
+from conftest import content, write_pair
+from painted_scans import ON_CPU, scan, translator, write_checkpoint
 
 import translate
 from models import checkpoint
-from models.cyclegan import EMA, CycleGAN, init_weights
-from translate import Translator, parse_args, plan_files
-
-CONFIG = {"features": 4, "blocks": 1, "upsample": "transpose"}
-ON_CPU = ["--device", "cpu", "--precision", "fp32"]
-
-
-def write_checkpoint(path, *, size=48, spacing_mm=4.0, extraction=("none",)):
-    nets = CycleGAN(**CONFIG)
-    init_weights(nets, torch.Generator().manual_seed(0))
-    record = {"size": size, "spacing_mm": spacing_mm, "brain_extraction": list(extraction),
-              "intensity": {"rule": "painted", "upper_percentile": 99.5}, "subjects": {}}
-    checkpoint.save(path, {"config": CONFIG, "preprocessing": record, "step": 1, "epoch": 1,
-                           "slices_seen": 1, "ema": EMA(nets).state_dict(), "best": {}})
-    return path
+from translate import Translator, Wanted, parse_args, plan_files, translate_volume
 
 
 @pytest.fixture(scope="module")
@@ -44,77 +29,7 @@ def command(ckpt, tmp_path):
     return call
 
 
-def translator(ckpt, nets=(nn.Identity(), nn.Identity()), **options):
-    """A translator whose nets are replaced."""
-    made = Translator(ckpt, device="cpu", precision="fp32", **options)
-    made.generators = dict(zip(("t1w-to-t2w", "t2w-to-t1w"), nets))
-    return made
-
-
-def scan(shape, spacing, axes="RAS", turn_deg=(0, 0, 0), dtype=np.int16, suffix="T1w"):
-    """An extracted brain as a nibabel image."""
-    affine = lay_affine(shape, spacing, axes, turn_deg=turn_deg, middle=(3, -5, 8))
-    moved = np.eye(4)
-    moved[:3, 3] = (3, -5, 8)
-    data = paint(shape, affine, suffix, matrix=moved)
-    image = nib.Nifti1Image(data.astype(dtype), affine)
-    image.header.set_xyzt_units("mm", "sec")
-    image.header["descrip"] = b"kept"
-    return image
-
-
-def scaled(image):
-    """What identity should give: zero to 0, the brain's 99.5th percentile to 1, clipped."""
-    data = image.get_fdata()
-    return np.clip(data / np.percentile(data[data > 0], 99.5), 0, 1)
-
-
-# ------------------------------------------------------------------------------- there and back
-
-
-@pytest.mark.parametrize("shape, spacing, axes, turn_deg", [
-    ((40, 48, 36), (4, 4, 4), "RAS", (0, 0, 0)), ((40, 48, 36), (4, 4, 4), "LPS", (0, 0, 0)),
-    ((40, 48, 36), (4, 4, 4), "LAS", (0, 0, 0)), ((48, 36, 40), (4, 4, 4), "PSR", (0, 0, 0)),
-    ((40, 48, 36), (4, 4, 4), "LPS", (12, -7, 20)), ((40, 48, 24), (4, 4, 6), "LPS", (0, 0, 0)),
-], ids=["RAS", "LPS", "LAS", "sagittal", "oblique", "thick"])
-def test_identity_returns_the_volume_where_no_voxel_is_resampled(ckpt, shape, spacing, axes,
-                                                                 turn_deg):
-    image = scan(shape, spacing, axes, turn_deg)
-    for direction in ("t1w-to-t2w", "t2w-to-t1w"):
-        found = translator(ckpt)(image, direction, force=True).get_fdata()
-        np.testing.assert_allclose(found, scaled(image), atol=1e-6)
-
-
-@pytest.mark.parametrize("shape, spacing, axes, turn_deg", [
-    ((60, 72, 50), (2.7, 2.7, 2.7), "LAS", (0, 0, 0)),
-    ((54, 50, 26), (3, 4, 6), "LPS", (0, 0, 0)),
-    ((50, 54, 46), (3.3, 3.6, 3), "RPI", (15, 10, -25)),
-], ids=["isotropic", "anisotropic", "oblique"])
-def test_identity_returns_the_volume_to_interpolation_error(tmp_path, shape, spacing, axes,
-                                                            turn_deg):
-    ckpt = write_checkpoint(tmp_path / "best.pt", size=96, spacing_mm=2.0)
-    image = scan(shape, spacing, axes, turn_deg)
-    found, wanted = translator(ckpt)(image, "t1w-to-t2w").get_fdata(), scaled(image)
-    brain = wanted > 0
-    assert np.abs(found - wanted)[brain].mean() < 0.015
-    inner = ndimage.binary_erosion(brain, iterations=2)
-    assert np.abs(found - wanted)[inner].max() < 0.15
-    assert np.corrcoef(found[brain], wanted[brain])[0, 1] > 0.99
-
-
-def test_a_coarser_pixel_blurs_but_moves_nothing(tmp_path):
-    ckpt = write_checkpoint(tmp_path / "best.pt", size=48, spacing_mm=4.0)
-    image = scan((84, 100, 74), (2, 2, 2), "LPS", (5, 3, 9))
-    found, wanted = translator(ckpt)(image, "t1w-to-t2w").get_fdata(), scaled(image)
-    brain = ndimage.binary_erosion(wanted > 0, iterations=4)
-
-    def error(shift):
-        return np.abs(np.roll(found, shift, axis=(0, 1, 2)) - wanted)[brain].mean()
-
-    here = error((0, 0, 0))
-    assert here < 0.03
-    for shift in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)):
-        assert error(shift) > here
+# ---------------------------------------------------------------------------------- the command
 
 
 def test_the_answer_lies_on_the_inputs_grid_bit_for_bit(ckpt, tmp_path):
@@ -135,51 +50,6 @@ def test_the_answer_lies_on_the_inputs_grid_bit_for_bit(ckpt, tmp_path):
     assert not data[~inside].any() and (data[inside] != 0).mean() > 0.9
 
 
-def test_leftovers_below_zero_and_holes_of_an_extracted_brain_stay_empty(ckpt):
-    image = scan((40, 48, 36), (4, 4, 4), dtype=np.float32)
-    data = image.get_fdata().astype(np.float32)
-    rim = ndimage.binary_dilation(data > 0) & (data == 0)
-    data[rim] = np.where(np.arange(rim.sum()) % 16 == 0, -3, 0)  # as splines leave them
-    data[20, 24, 18] = 0
-    image = nib.Nifti1Image(data, image.affine)
-    one = nn.Hardtanh(min_val=1, max_val=1.0001)
-    found = translator(ckpt, (one, one))(image, "t1w-to-t2w").get_fdata()
-    assert not found[data <= 0].any()
-    assert (found[data > 0] == 1).all()
-
-
-def test_each_direction_has_its_net_and_each_net_sees_slices_as_in_training(ckpt):
-    seen = []
-
-    class Constant(nn.Module):
-        def __init__(self, value):
-            super().__init__()
-            self.value = value
-
-        def forward(self, slices):
-            seen.append(slices)
-            return torch.full_like(slices, self.value)
-
-    image = scan((40, 48, 36), (4, 4, 4))
-    both = translator(ckpt, (Constant(0.5), Constant(-0.5)), batch_size=7)
-    brain = image.get_fdata() > 0
-    assert np.allclose(both(image, "t1w-to-t2w").get_fdata()[brain], 0.75)
-    assert np.allclose(both(image, "t2w-to-t1w", force=True).get_fdata()[brain], 0.25)
-    slices = torch.cat(seen)
-    assert slices.shape[1:] == (1, 48, 48) and slices.dtype == torch.float32
-    assert slices.min() == -1 and slices.max() == 1
-    assert max(len(batch) for batch in seen) == 7
-    assert (slices > -1).any(dim=-1).any(dim=-1).all()  # none of them is empty
-
-
-def test_g_makes_t2w_and_f_makes_t1w(ckpt):
-    made = Translator(ckpt, device="cpu", precision="fp32")
-    slices = torch.rand(1, 1, 48, 48) * 2 - 1
-    for direction, net in zip(("t1w-to-t2w", "t2w-to-t1w"),
-                              checkpoint.load_generators(checkpoint.load(ckpt))):
-        assert torch.equal(made.generators[direction](slices), net(slices))
-
-
 def test_a_brain_larger_than_the_frame_is_said_and_filled_with_its_rim(tmp_path, command):
     ckpt = write_checkpoint(tmp_path / "small.pt", size=32)
     scan((40, 48, 36), (4, 4, 4)).to_filename(tmp_path / "sub-01_T1w.nii")
@@ -189,9 +59,6 @@ def test_a_brain_larger_than_the_frame_is_said_and_filled_with_its_rim(tmp_path,
     found = translator(ckpt)(nib.load(tmp_path / "sub-01_T1w.nii"), "t1w-to-t2w").get_fdata()
     inside = nib.load(tmp_path / "sub-01_T1w.nii").get_fdata() > 0
     assert (found[inside] > 0).mean() > 0.99
-
-
-# ---------------------------------------------------------------------------------- the command
 
 
 def test_names_say_the_direction_and_both_endings_are_read(command, tmp_path):
@@ -313,8 +180,8 @@ def test_nothing_is_written_where_any_input_cannot_work(command, tmp_path):
 
 def test_a_damaged_volume_is_one_error_that_names_it(command, tmp_path):
     scan((40, 48, 36), (4, 4, 4)).to_filename(tmp_path / "sub-01_T1w.nii.gz")
-    content = (tmp_path / "sub-01_T1w.nii.gz").read_bytes()
-    for damaged in (content[:1000], b"text", b""):
+    whole = (tmp_path / "sub-01_T1w.nii.gz").read_bytes()
+    for damaged in (whole[:1000], b"text", b""):
         (tmp_path / "sub-01_T1w.nii.gz").write_bytes(damaged)
         outcome = command(tmp_path / "sub-01_T1w.nii.gz")
         assert outcome.code == 2 and "sub-01_T1w.nii.gz: " in outcome.complaint
@@ -359,3 +226,209 @@ def test_outputs_are_named_after_inputs_without_their_suffix(tmp_path):
     assert found == [("t1w-to-t2w", "sub-01_desc-synthetic_T2w.nii.gz"),
                      ("t2w-to-t1w", "desc-synthetic_T1w.nii.gz"),
                      ("t1w-to-t2w", "a.b_desc-synthetic_T2w.nii.gz")]
+
+
+# ----------------------------------------------------------------------------------- whole trees
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three T1w of two subjects, one of them with sessions; a T2w; LPS and RAS."""
+    root = tmp_path / "heads"
+    write_pair(root, "01")
+    write_pair(root, "02", session="a", axes="LPS", only="T1w")
+    write_pair(root, "02", session="b", axes="LPS", only="T1w")
+    return root
+
+
+def test_all_t1w_of_a_tree_become_a_tree_of_derivatives(command, tree, tmp_path):
+    outcome = command("--bids", tree, "--direction", "t1w-to-t2w")
+    assert outcome.code == 0 and outcome.err == ""
+    out = tmp_path / "out"
+    names = ["sub-01/anat/sub-01_desc-synthetic_T2w",
+             "sub-02/ses-a/anat/sub-02_ses-a_desc-synthetic_T2w",
+             "sub-02/ses-b/anat/sub-02_ses-b_desc-synthetic_T2w"]
+    assert sorted(content(out)) == sorted([
+        "dataset_description.json", *(f"{n}{e}" for n in names for e in (".json", ".nii.gz"))])
+    about = json.loads((out / f"{names[1]}.json").read_text())
+    assert about["Sources"] == ["bids:raw:sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz"]
+    dataset = json.loads((out / "dataset_description.json").read_text())
+    assert dataset["DatasetLinks"] == {"raw": "../heads"}
+    source = nib.load(tree / "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz")
+    made = nib.load(out / f"{names[1]}.nii.gz")
+    assert np.array_equal(made.affine, source.affine) and made.shape == source.shape
+
+
+def test_a_tree_goes_on_after_a_kill_and_ends_with_the_same_bytes(command, tree, tmp_path):
+    command("--bids", tree, "--direction", "t1w-to-t2w")
+    out = tmp_path / "out"
+    whole = content(out)
+    again = command("--bids", tree, "--direction", "t1w-to-t2w")
+    assert again.code == 0 and "3 of 3 volumes are there already" in again.out
+    anat = out / "sub-01" / "anat"
+    (anat / "sub-01_desc-synthetic_T2w.json").unlink()  # killed before the record was written
+    (anat / ".sub-01_desc-synthetic_T2w.nii.gz.7.tmp").write_bytes(b"half")
+    (out / "sub-02/ses-b/anat/sub-02_ses-b_desc-synthetic_T2w.nii.gz").unlink()
+    untouched = out / "sub-02/ses-a/anat/sub-02_ses-a_desc-synthetic_T2w.nii.gz"
+    stamp = untouched.stat().st_mtime_ns
+    again = command("--bids", tree, "--direction", "t1w-to-t2w")
+    assert "1 of 3 volumes are there already" in again.out
+    assert content(out) == whole and untouched.stat().st_mtime_ns == stamp
+
+
+def test_what_was_made_otherwise_is_refused_or_made_again(command, tree, tmp_path):
+    t1w = tree / "sub-01/anat/sub-01_T1w.nii.gz"
+    command(t1w)
+    before = content(tmp_path / "out")
+    other = write_checkpoint(tmp_path / "other.pt", spacing_mm=5.0)
+    for options in ({"ckpt": other}, {}):
+        more = [] if options else ["--ensemble"]
+        outcome = command(t1w, *more, **options)
+        assert outcome.code == 2 and "--overwrite" in outcome.complaint
+        assert content(tmp_path / "out") == before
+    assert command(t1w, "--overwrite", ckpt=other).code == 0
+    assert content(tmp_path / "out") != before
+    t1w.write_bytes((tree / "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz").read_bytes())
+    assert "from another file" in command(t1w, ckpt=other).complaint
+
+
+def test_volumes_that_cannot_be_translated_are_named_and_the_others_made(command, tree, tmp_path):
+    (tree / "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz").write_bytes(b"text")
+    outcome = command("--bids", tree, "--direction", "t1w-to-t2w")
+    assert outcome.code == 3 and outcome.err == ""
+    assert "warning: left out: " in outcome.out and "sub-02_ses-a_T1w.nii.gz: " in outcome.out
+    assert "1 of 3 volumes were left out" in outcome.out
+    assert len(list((tmp_path / "out").rglob("*.nii.gz"))) == 2
+    again = command("--bids", tree, "--direction", "t1w-to-t2w")
+    assert again.code == 3 and "2 of 3 volumes are there already" in again.out
+
+
+def test_a_missing_extractor_ends_the_run_at_once(command, tmp_path, monkeypatch):
+    def missing(method, device):
+        raise ValueError(f"brain extraction {method}: no package")
+
+    monkeypatch.setattr("data.brain.make_extractor", missing)
+    for label in ("01", "02"):
+        write_pair(tmp_path / "heads", label, extracted=False)
+    outcome = command("--bids", tmp_path / "heads", "--direction", "t1w-to-t2w",
+                      "--brain-extraction", "deepbet")
+    assert outcome.code == 2 and "deepbet: no package" in outcome.complaint
+
+
+@pytest.mark.parametrize("options, said", [
+    ([], "name volumes, or --bids DIR"), (["--bids", "."], "say with --direction"),
+    (["--bids", ".", "--export", "onnx"], "one of the three"),
+    (["--bids", "none", "--direction", "t1w-to-t2w"], "no such folder"),
+    (["--bids", "x", "--out", "x", "--direction", "t1w-to-t2w"], "is the tree itself"),
+])
+def test_what_to_translate_must_be_said_once(command, options, said):
+    outcome = command(*options)
+    assert outcome.code == 2 and said in outcome.complaint
+
+
+# ------------------------------------------------------------------------- maps and intensities
+
+
+def test_maps_of_uncertainty_and_cycle_error_lie_beside_the_volume(command, tree, tmp_path):
+    t1w = tree / "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz"
+    outcome = command(t1w, "--uncertainty", 3, "--cycle-error", "--ensemble")
+    assert outcome.code == 0
+    out, source = tmp_path / "out", nib.load(t1w)
+    for name in ("desc-synthetic_T2w", "desc-syntheticSD_T2w", "desc-cycleError_T1w"):
+        made = nib.load(out / f"sub-02_ses-a_{name}.nii.gz")
+        assert np.array_equal(made.affine, source.affine) and made.get_data_dtype() == np.float32
+        data, inside = made.get_fdata(), source.get_fdata() > 0
+        assert not data[~inside].any() and (data[inside] > 0).mean() > 0.9
+        about = json.loads((out / f"sub-02_ses-a_{name}.json").read_text())
+        assert about["Settings"]["uncertainty"] == 3 and about["Settings"]["looks"] == 6
+        assert about["CheckpointSHA256"] and about["Description"]
+    assert "deviation" in json.loads((out / "sub-02_ses-a_desc-syntheticSD_T2w.json").read_text())[
+        "Description"]
+
+
+def test_match_gives_the_references_own_intensities(command, ckpt, tmp_path):
+    source = scan((40, 48, 36), (4, 4, 4))
+    source.to_filename(tmp_path / "sub-01_T1w.nii.gz")
+    real = scan((40, 48, 36), (4, 4, 4), suffix="T2w")
+    real.to_filename(tmp_path / "real_T2w.nii.gz")
+    plain = command(tmp_path / "sub-01_T1w.nii.gz", out="plain")
+    found = command(tmp_path / "sub-01_T1w.nii.gz", "--match", tmp_path / "real_T2w.nii.gz")
+    assert plain.code == found.code == 0
+    name = "sub-01_desc-synthetic_T2w"
+    relative, matched = (nib.load(tmp_path / out / f"{name}.nii.gz").get_fdata()
+                         for out in ("plain", "out"))
+    voxels = real.get_fdata()
+    peak = np.percentile(voxels[voxels > 0], 99.5)
+    np.testing.assert_allclose(matched, relative * peak, rtol=1e-5)
+    about = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert about["Intensities"].startswith(f"as real_T2w.nii.gz: 0 to 1 is 0 to {peak:.0f}"[:-1])
+    wrong = command(tmp_path / "sub-01_T1w.nii.gz", "--match", tmp_path / "sub-01_T1w.nii.gz",
+                    out="wrong")
+    assert wrong.code == 2 and "intensities of a T2w are wanted" in wrong.complaint
+
+
+def test_one_reference_does_not_serve_two_contrasts(command, tree):
+    anat = tree / "sub-01" / "anat"
+    outcome = command(anat / "sub-01_T1w.nii.gz", anat / "sub-01_T2w.nii.gz", "--match",
+                      anat / "sub-01_T2w.nii.gz")
+    assert outcome.code == 2 and "in two runs" in outcome.complaint
+
+
+def test_a_warning_is_printed_and_kept_in_the_record(command, tmp_path):
+    scan((40, 48, 36), (4, 4, 4)).to_filename(tmp_path / "sub-01_T2w.nii.gz")
+    refused = command(tmp_path / "sub-01_T2w.nii.gz")
+    assert refused.code == 2 and "looks like a T1w" in refused.complaint
+    assert not list((tmp_path / "out").glob("sub-*"))
+    forced = command(tmp_path / "sub-01_T2w.nii.gz", "--force")
+    assert forced.code == 0 and "warning: " in forced.out
+    about = json.loads((tmp_path / "out" / "sub-01_desc-synthetic_T1w.json").read_text())
+    assert about["Warnings"][0].startswith("looks like a T1w")
+
+
+# -------------------------------------------------------------------------- notebook and exports
+
+
+def test_translate_volume_takes_images_and_a_checkpoint_or_a_translator(ckpt, tmp_path):
+    image = scan((40, 48, 36), (4, 4, 4), "LPS")
+    made = Translator(ckpt, device="cpu", precision="fp32")
+    t2w = translate_volume(image, ckpt, "t1w-to-t2w", device="cpu", precision="fp32")
+    assert np.array_equal(t2w.get_fdata(), made(image, "t1w-to-t2w").get_fdata())
+    assert np.array_equal(t2w.affine, image.affine)
+    image.to_filename(tmp_path / "sub-01_T1w.nii.gz")
+    loaded = nib.load(tmp_path / "sub-01_T1w.nii.gz")
+    assert np.array_equal(translate_volume(loaded, made).get_fdata(), t2w.get_fdata())
+    mean = translate_volume(image, made, "t1w-to-t2w", wanted=Wanted(looks=3))
+    assert not np.array_equal(mean.get_fdata(), t2w.get_fdata())
+    real = scan((40, 48, 36), (4, 4, 4), suffix="T2w")
+    assert translate_volume(image, made, "t1w-to-t2w", match=real).get_fdata().max() > 100
+    with pytest.raises(ValueError, match="does not end in _T1w or _T2w"):
+        translate_volume(real, made)
+    with pytest.raises(ValueError, match="precision: give this to the Translator"):
+        translate_volume(image, made, "t1w-to-t2w", precision="fp32")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load:FutureWarning")
+@pytest.mark.parametrize("kind, ending", [("torchscript", ".ts"), ("torch-export", ".pt2")])
+def test_both_nets_are_exported_with_what_they_take(command, ckpt, tmp_path, kind, ending):
+    assert command("--export", kind).code == 0
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        f"{way}{end}" for way in ("t1w-to-t2w", "t2w-to-t1w") for end in (ending, ".json"))
+    about = json.loads((out / "t2w-to-t1w.json").read_text())
+    assert about["Shape"] == ["N", 1, 48, 48] and about["Range"] == [-1, 1]
+    assert about["CheckpointSHA256"] == checkpoint.fingerprint(ckpt)
+    slices = torch.rand(3, 1, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for way, net in zip(("t1w-to-t2w", "t2w-to-t1w"),
+                        checkpoint.load_generators(checkpoint.load(ckpt))):
+        load = torch.jit.load if kind == "torchscript" else _load_program
+        torch.testing.assert_close(load(str(out / f"{way}{ending}"))(slices), net(slices))
+
+
+def _load_program(path):
+    return torch.export.load(path).module()
+
+
+def test_one_direction_can_be_exported_alone(command, tmp_path):
+    assert command("--export", "torchscript", "--direction", "t2w-to-t1w").code == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["t2w-to-t1w.json",
+                                                                    "t2w-to-t1w.ts"]

@@ -1,0 +1,95 @@
+"""Tests of data/contrast.py: T1w and T2w are told apart, strangers to the training are named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import lay_affine, paint
+from scipy import ndimage
+
+from data import brain, contrast
+from data.store import SliceStore
+from data.volume import (crop_or_pad, place, read_volume, resample, slicing_grid, to_slices)
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "bids-extracted"
+
+
+def painted(suffix, person=0, spacing=4.0):
+    """Slices, mask and spacing of a painted brain in a rim of fluid."""
+    shape = tuple(int(mm / spacing) for mm in (152, 192, 140))
+    data = paint(shape, lay_affine(shape, (spacing,) * 3), suffix, person=person)
+    rim = (data > 0) & ~ndimage.binary_erosion(data > 0)
+    data[rim & (np.indices(shape).sum(axis=0) % 3 > 0)] = 250 if suffix == "T1w" else 1500
+    peak = np.percentile(data[data > 0], 99.5)
+    return to_slices(np.clip(data / peak, 0, 1) * 2 - 1), to_slices(data > 0), (spacing, spacing)
+
+
+@pytest.mark.parametrize("suffix", ["T1w", "T2w"])
+@pytest.mark.parametrize("person", range(4))
+def test_painted_brains_are_told_apart_from_their_intensities_alone(suffix, person):
+    assert contrast.tell(contrast.measure(*painted(suffix, person))) == suffix
+    assert contrast.tell(contrast.measure(*painted(suffix, person, 2.5))) == suffix
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real scans of ../shared/data")
+@pytest.mark.parametrize("path", sorted(REAL.glob("sub-*/anat/*_T?w.nii.gz")),
+                         ids=lambda path: path.name.split(".")[0])
+def test_real_brains_with_disease_are_told_apart(path):
+    volume = read_volume(path)
+    mask = brain.nonzero_mask(volume)
+    grid = slicing_grid(volume, 2.0)
+    mask = resample(mask, volume.affine, grid, nearest=True)
+    slices, placed = place(resample(volume.data, volume.affine, grid), mask, grid, 96)
+    frame = to_slices(crop_or_pad(mask, placed.centre, 96, fill=False))
+    assert contrast.tell(contrast.measure(slices, frame, (2.0, 2.0))) == path.name[-10:-7]
+
+
+def test_figures_are_those_of_the_brain_alone():
+    slices, mask, spacing = painted("T1w")
+    found = contrast.measure(slices, mask, spacing)
+    np.testing.assert_allclose(found.percentiles,
+                               np.percentile((slices[mask] + 1) / 2, contrast.PERCENTILES),
+                               atol=1e-3)
+    outside = np.where(mask, slices, 0.7)
+    assert contrast.measure(outside, mask, spacing) == found
+
+
+def test_nothing_is_said_where_the_cues_disagree_or_a_brain_has_no_depth():
+    for cues in ((-1.0, 0.1), (2.0, -0.3), (0.5, 0.1), (-1.0, -0.04), (2.0, float("nan"))):
+        assert contrast.tell(contrast.Figures((0,) * 5, *cues)) == ""
+    assert contrast.tell(contrast.Figures((0,) * 5, -1.0, -0.3)) == "T1w"
+    assert contrast.tell(contrast.Figures((0,) * 5, 2.0, 0.1)) == "T2w"
+    thin = np.zeros((9, 16, 16), bool)
+    thin[:, 4:12, 7:9] = True
+    noise = np.random.default_rng(0).random(thin.shape).astype(np.float32)
+    assert contrast.tell(contrast.measure(noise, thin, (1.5, 1.5))) == ""
+
+
+def test_the_record_of_a_store_holds_its_training_subjects_only(small_store):
+    store = SliceStore(small_store)
+    found = contrast.training_figures(store)
+    train = [s for s in store.subjects if s["split"] == "train"]
+    assert found["subjects"] == len(train) == 3
+    each = [np.percentile((store.t1w[rows].astype(np.float32)[store.mask(rows)] + 1) / 2,
+                          contrast.PERCENTILES)
+            for rows in (slice(s["first_row"], s["first_row"] + s["n_slices"]) for s in train)]
+    np.testing.assert_allclose(found["t1w"]["mean"], np.mean(each, axis=0), atol=1e-3)
+    np.testing.assert_allclose(found["t1w"]["sd"], np.std(each, axis=0), atol=1e-3)
+    volumes = [float(s["brain_ml"]) for s in train]
+    assert found["brain_ml"] == [min(volumes), max(volumes)]
+    assert found["slice_spacing_mm"] == [5.0, 5.0]
+
+
+def test_what_is_far_from_training_is_said_with_both_figures(small_store):
+    record = contrast.training_figures(SliceStore(small_store))
+    usual = contrast.Figures(tuple(record["t1w"]["mean"]), -0.5, -0.2)
+    sizes = {"brain_ml": record["brain_ml"][1], "slice_spacing_mm": 5.0}
+    assert contrast.far_from_training(usual, "T1w", sizes, record) == []
+    assert contrast.far_from_training(usual, "T1w", sizes, {}) == []  # an older checkpoint
+    dark = contrast.Figures(tuple(p / 2 for p in usual.percentiles), -0.5, -0.2)
+    said, = contrast.far_from_training(dark, "T1w", sizes, record)
+    assert said.startswith("intensities are far from those of the training T1w")
+    assert f"{dark.percentiles[2]:.2g}" in said and f"{usual.percentiles[2]:.2g}" in said
+    said = contrast.far_from_training(usual, "T1w", {"brain_ml": 300.0, "slice_spacing_mm": 9.0},
+                                      record)
+    assert [line.split(",")[0] for line in said] == ["brain 300 ml", "slices every 9 mm"]
