@@ -85,13 +85,7 @@ def load(path: str | os.PathLike, *, resume: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes best.pt and last.pt "
                                 "into its --run folder")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load takes flipped bits without a word
-        if damaged:
-            raise ValueError(f"{damaged} differs from its checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"holds a {type(state).__name__}")
+        state = _read(path)
         name, version = state["format"]["name"], state["format"]["version"]
     except OSError:  # the disk's fault, not the file's
         raise
@@ -130,6 +124,43 @@ def load_generators(state: dict[str, Any],
             raise ValueError(f"checkpoint's weights of {name} are not finite; train again")
         nets.append(net.to(device).eval().requires_grad_(False))
     return nets[0], nets[1]
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Read weights that another program saved: names to tensors, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError : no such file
+    ValueError : damaged, or holds anything but tensors by name
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    try:
+        weights = _read(path)
+        if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            raise TypeError("holds more than tensors")
+    except OSError:  # the disk's fault, not the file's
+        raise
+    except Exception:
+        raise ValueError(f"{path}: damaged, or not a state dict that torch.save wrote") from None
+    return weights
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file of torch.save; raises whatever comes where it is damaged or holds no dict."""
+    with open(path, "rb") as content:
+        is_archive = content.read(2) == b"PK"  # before 2020 torch.save wrote files without sums
+    if is_archive:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load takes flipped bits without a word
+        if damaged:
+            raise ValueError(f"{damaged} differs from its checksum")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise TypeError(f"holds a {type(state).__name__}")
+    return state
 
 
 def fingerprint(path: str | os.PathLike) -> str:
