@@ -34,8 +34,8 @@ def contrast_order(images: Tensor, tissues: Tensor, contrast: str) -> ContrastOr
     ----------
     images : (N, 1, H, W) float slices, or (N, 1, D, H, W) volumes, in any unit.
     tissues : (N, 3, H, W) or (N, 3, D, H, W), the share or mask (float, not below 0, or bool) of
-        grey matter, white matter and CSF. A voxel counts by its share, so pure voxels alone give the
-        tissues' own values: `shares > 0.9`.
+        grey matter, white matter and CSF. A voxel counts by its share, so pure voxels alone
+        (`shares > 0.9`) give the tissues' own values.
     contrast : "T1w" or "T2w", what the images should look like.
 
     Returns
