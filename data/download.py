@@ -236,8 +236,10 @@ class Download:
         self._ready: queue.Queue[_Group | None] = queue.Queue()
         self._fatal: BaseException | None = None
         self._lock = threading.Lock()
+        # A thread more than connections: while a file waits for the disk, another one comes.
+        self._connections = threading.Semaphore(max(connections, 1))
         self._threads = [threading.Thread(target=self._work, daemon=True)
-                         for _ in range(max(connections, 1))]
+                         for _ in range(max(connections, 1) + 1)]
         wanted = [*plan.common, *(file for s in self._todo for file in s.files)]
         self._total = sum(f.size or 0 for f in wanted if not self._looks_whole(f))
         self._got, self._settled, self._start = 0, 0, time.monotonic()
@@ -476,10 +478,11 @@ class Download:
                 self._noted += notes
 
     def _drop(self, notes: list[Path]) -> None:
-        for note in notes:
+        dropped = set(notes)
+        for note in dropped:
             note.unlink(missing_ok=True)
         with self._lock:
-            self._noted = [note for note in self._noted if note not in notes]
+            self._noted = [note for note in self._noted if note not in dropped]
 
     def _count(self, got: int, needed: int) -> None:
         """Note bytes that came, and bytes that turn out to be needed or not."""
@@ -500,7 +503,8 @@ class Download:
         if entry := self._adopt(file, path):
             self._count(0, -(file.size or 0))
             return entry
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         part = Part(path, self._line.stop)
         try:
             self._manifest.refresh()
@@ -510,7 +514,10 @@ class Download:
                 return entry
             path.unlink(missing_ok=True)  # so that a file beside a note is one that we renamed
             transfer = Transfer(self._line, file, part, self._tag, self._count)
-            facts = transfer.run(self._archive.addresses(self.plan.snapshot, file))
+            with self._connections:
+                if self._line.stop.is_set():
+                    raise Stopped
+                facts = transfer.run(self._archive.addresses(self.plan.snapshot, file))
             os.fsync(part.handle)
             # Its folder is not synced: a rename lost with the power leaves the .part and its note.
             os.replace(part.path, path)
@@ -520,10 +527,11 @@ class Download:
 
     def _looks_whole(self, file: File) -> dict[str, Any] | None:
         """The manifest's entry of a file that is on disk in its size, else None."""
-        entry, path = self._manifest.file(file.name), place(self.root, file.name)
-        if not path.is_file() or not _is_same(entry, file, self._tag):
+        entry = self._manifest.file(file.name)
+        if not _is_same(entry, file, self._tag):
             return None
-        return entry if path.stat().st_size == entry.get("size") else None
+        path = place(self.root, file.name)
+        return entry if path.is_file() and path.stat().st_size == entry.get("size") else None
 
     def _is_whole(self, file: File) -> dict[str, Any] | None:
         """The entry of a file that is as the manifest has it; read only if it was touched since."""
@@ -541,9 +549,11 @@ class Download:
         Either it bears our note (a kill came between renaming and the manifest, or another process
         has just renamed it), or it has the content or at least the size that the API gives.
         """
+        if not path.is_file():
+            return None
         note = read_note(part_paths(path)[1])
         ours = note.get("tag") == self._tag
-        if not path.is_file() or not ours and self._manifest.file(file.name):
+        if not ours and self._manifest.file(file.name):
             return None
         try:
             facts = inspect(path, file.name)

@@ -337,20 +337,21 @@ class Part:
         self.name, (self.path, self.note) = path.name, part_paths(path)
         if self.note.is_symlink():  # writing would follow it
             self.note.unlink()
-        self.handle = _open_locked(self.path, stop)
-        self.origin, self.checker = read_note(self.note), Checker(self.name)
-        self.size = os.fstat(self.handle).st_size
+        self.handle, self.size = _open_locked(self.path, stop)
+        self.origin = read_note(self.note) if self.size else {}
+        self.checker = Checker(self.name)
 
     def restart(self, origin: dict[str, Any]) -> None:
         """Forget the bytes, then say what those to come are of; in this order."""
-        os.ftruncate(self.handle, 0)
+        if self.size:
+            os.ftruncate(self.handle, 0)
         self.size, self.origin, self.checker = 0, origin, Checker(self.name)
         if origin:  # a note that a kill tears apart costs nothing, there are no bytes yet
-            self.note.write_text(json.dumps(origin))
+            with open(self.note, "wb", buffering=0) as out:
+                out.write(json.dumps(origin).encode())
 
     def append(self, chunk: bytes) -> None:
         """Write at the end, past any buffer: what is written survives a kill."""
-        os.lseek(self.handle, self.size, os.SEEK_SET)
         view = memoryview(chunk)
         while view:
             n = os.write(self.handle, view)
@@ -396,17 +397,24 @@ def read_note(path: Path) -> dict[str, Any]:
     return note if sound else {}
 
 
-def _open_locked(path: Path, stop: threading.Event) -> int:
-    """Open a file for this process alone: shards of one job may meet at it."""
+def _open_locked(path: Path, stop: threading.Event) -> tuple[int, int]:
+    """Open a file to append, for this process alone: shards of one job may meet at it.
+
+    Returns
+    -------
+    handle, and the bytes that are there
+    """
+    how = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        handle = os.open(path, how, 0o666)
         try:
             while not lock(handle):
                 if stop.wait(0.2):
                     raise Stopped
             with contextlib.suppress(FileNotFoundError):  # it may have been finished meanwhile
-                if os.path.samestat(os.fstat(handle), os.stat(path)):
-                    return handle
+                found = os.fstat(handle)
+                if os.path.samestat(found, os.stat(path)):
+                    return handle, found.st_size
         except BaseException:
             os.close(handle)
             raise
@@ -478,7 +486,7 @@ class Transfer:
 
     def _try(self, url: str, is_exact: bool) -> dict[str, Any]:
         part, file = self._part, self._file
-        if part.origin.get("tag") != self._tag or not part.origin["etag"]:
+        if part.size and (part.origin.get("tag") != self._tag or not part.origin["etag"]):
             self._forget()
         try:
             part.recall()
@@ -554,9 +562,10 @@ class Transfer:
 
     def _begin(self, response: httpx.Response) -> None:
         """Start from the first byte, whatever was there."""
-        self._forget()
         if response.status_code != 200:
+            self._forget()
             raise Retry("sent another part than asked for", 0.0)
+        self._count(0, self._part.size)
         length = response.headers.get("Content-Length", "")
         etag = response.headers.get("ETag", "")
         self._expect(int(length) if length.isdigit() else self._expected)
