@@ -1,13 +1,15 @@
-"""Measure a checkpoint on paired subjects that it never saw.
+"""Measure checkpoints on paired subjects that they never saw.
 
     python evaluate.py --ckpt runs/default/best.pt
+    python evaluate.py --ckpt runs/a/best.pt runs/b/best.pt           compared subject by subject
+    python evaluate.py --ckpt runs/default/best.pt --bids DIR         on new paired scans
 
 Writes `summary.json`, `subjects.csv`, `slices.csv`, figures and `report.html`. The subject is the
 unit: figures are means over a subject's slices, then mean, SD and a 95 % bootstrap interval over
-subjects. Three protocols, since published figures differ by 10 dB from protocol alone: `brain`
+subjects. Since published figures differ by 10 dB from protocol alone, each is named: `brain`
 (inside the mask, the honest one), `slice` (the whole slice; empty background makes every figure
-better) and `box` (cropped to the brain's box and resized to 128 x 128). Beside each the floor: what
-copying the input would reach.
+better), `box` (cropped to the brain's box and resized to 128 x 128) and `volume` (3-D, inside the
+mask). Beside them what copying the input reaches (the floor), and a look-up table of intensities.
 """
 
 from __future__ import annotations
@@ -17,62 +19,88 @@ import csv
 import io
 import json
 import logging
+import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import console
-from data.slices import paired_slices, paired_subjects, to_tensor
+from ceiling import train_ceiling
+from comparison import compare, spread
+from data import brain
+from data.slices import paired_slices, paired_subjects
 from data.store import SPLITS, SliceStore, write_atomically
-from device import PRECISIONS, autocast, choose_device, choose_precision
-from losses.quality import correlation, mae, measure
+from device import PRECISIONS, Process, autocast, choose_precision, first_speaks, start_process
+from losses.distribution import frechet_distance, kernel_distance
+from measuring import (CEILING, DIRECTIONS, METHODS, METRICS, MODEL, PROTOCOLS, TABLE, Method,
+                       Record, Translate, copy_input, figures_of, in_batches, measure_session,
+                       over_slices, person, select)
 from models import checkpoint
-from report import figures, page
+from models.baseline import LookUpTable
+from models.features import load_features
+from report import figures
+from report.evaluation import (direction_text, evaluation_page, spread_text,
+                               training_curves)
+from report.viewer import Stack
 
 log = logging.getLogger("evaluate")
-DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
-PROTOCOLS = ("brain", "slice", "box")
-METRICS = {"ssim": "SSIM", "psnr_db": "PSNR (dB)", "mae": "MAE"}
-PSNR_CAP_DB = 100.0  # of slices that agree to the last bit: infinity has no mean
 # A translation this much nearer to its input than the real target is has copied it.
 COPY_RATIO = 0.5
-LIMITS = (
-    "Slices are translated one by one, so neighbours may differ in brightness; lesions can fade or "
-    "be invented, since unpaired training never sees what belongs together. Figures hold for the "
-    "scanners and subjects named here. Not for diagnosis."
-)
-Record = dict[str, Any]  # one slice under one protocol: ids, then metrics
-Translate = Callable[[Tensor], Tensor]  # slices (N, 1, H, W) in [-1, 1] to translations alike
+BINS = 64  # of the histograms
+VIEWED = 6  # sessions in the report's viewer: 1 to 2 MB each
+NOT_MEASURED = "not measured: no weights"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line of `evaluate.py`."""
     p = console.OneLineParser(description=__doc__, formatter_class=console.Formatter,
                               allow_abbrev=False)
-    p.add_argument("--ckpt", type=Path, required=True, default=argparse.SUPPRESS,
-                   help="checkpoint to measure, best.pt as a rule")
-    p.add_argument("--slices", type=Path, default=Path("slices"), help="the slice store")
-    p.add_argument("--split", choices=SPLITS, default="test", help="whose subjects are measured")
-    p.add_argument("--out", type=Path,
-                   help="folder to write into (default: evaluation/ beside --ckpt)")
-    p.add_argument("--batch-size", type=int, default=16, help="slices translated at once")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:K")
-    p.add_argument("--precision", choices=PRECISIONS, default="auto", help="arithmetic of the nets")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    p.add_argument("--ckpt", type=Path, nargs="+", required=True, default=argparse.SUPPRESS,
+                   help="checkpoints to measure, best.pt as a rule; others are compared with the "
+                        "first")
+    data = p.add_argument_group("data")
+    data.add_argument("--slices", type=Path, default=Path("slices"), help="the slice store")
+    data.add_argument("--split", choices=SPLITS, default="test", help="whose subjects are measured")
+    data.add_argument("--bids", type=Path, nargs="+", metavar="DIR",
+                      help="measure on all subjects of these BIDS trees instead, prepared as the "
+                           "first checkpoint recorded (into slices/ in --out)")
+    data.add_argument("--brain-extraction", choices=brain.METHODS,
+                      help="for --bids (default: as in the checkpoint's training data, where that "
+                           "was one method)")
+    beside = p.add_argument_group("beside the checkpoints")
+    beside.add_argument("--ceiling", action="store_true",
+                        help="also train nets of the first checkpoint's size on pairs, for as many "
+                             "slices (takes about a third of its training; kept as ceiling.pt in "
+                             "--out)")
+    beside.add_argument("--features", type=Path, metavar="FILE",
+                        help="weights of torchvision's Inception v3, for Frechet and kernel "
+                             "distance")
+    run = p.add_argument_group("run")
+    run.add_argument("--out", type=Path,
+                     help="folder to write into (default: evaluation/ beside the first --ckpt)")
+    run.add_argument("--batch-size", type=int, default=16, help="slices translated at once")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:K")
+    run.add_argument("--precision", choices=PRECISIONS, default="auto",
+                     help="arithmetic of the nets")
+    run.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     args = p.parse_args(argv)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be at least 0")
-    args.out = args.out or args.ckpt.parent / "evaluation"
+    if len(set(args.ckpt)) < len(args.ckpt):
+        raise ValueError("--ckpt: one is named twice")
+    if args.brain_extraction and not args.bids:
+        raise ValueError("--brain-extraction: goes with --bids; a store has its own")
+    args.out = args.out or args.ckpt[0].parent / "evaluation"
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file; name a folder")
     return args
@@ -80,148 +108,233 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    args = parse_args(argv)
-    state = checkpoint.load(args.ckpt)
-    store = SliceStore(args.slices)
-    subjects = choose_subjects(store, state, args)
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    nets = checkpoint.load_generators(state, device)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    def translator(net: torch.nn.Module) -> Translate:
-        def translate(real: Tensor) -> Tensor:
-            with torch.no_grad(), autocast(device, precision):
-                return net(real.to(device)).float()
-        return translate
-
-    translate = {direction: translator(net) for direction, net in zip(DIRECTIONS, nets)}
-    slices: list[Record] = []
-    for subject in tqdm(subjects, unit="session", desc="evaluate", disable=None):
-        slices += measure_subject(store, subject, translate, device, args.batch_size)
-    per_subject = over_slices(slices)
-    summary = summarise(per_subject, args.seed)
-    summary.update(
-        checks=contrast_checks(slices), n_subjects=len({person(s["id"]) for s in subjects}),
-        n_sessions=len(subjects), n_slices=sum(s["n_slices"] for s in subjects), split=args.split,
-        subjects=[s["id"] for s in subjects], ckpt=str(args.ckpt),
-        ckpt_sha256=checkpoint.fingerprint(args.ckpt), step=state["step"],
-        slices_seen=state["slices_seen"], precision=str(precision).removeprefix("torch."),
-        seed=args.seed)
-    pictures = draw(slices, per_subject, store, translate)
-    write_results(args.out, summary, slices, per_subject, pictures, state)
-    print_table(summary)
-    log.info("report: %s", args.out / "report.html")
+    with first_speaks():
+        args = parse_args(argv)
+        states = [checkpoint.load(path) for path in args.ckpt]
+        process = start_process(args.device)
+        store = prepare_store(args, states[0], process) if args.bids else SliceStore(args.slices)
+        sessions = choose_sessions(store, states, args)
+        work = Evaluation(args, states, store, process)
+    measured = work.measure(sessions)
+    if process.is_main:
+        write_results(args, work, sessions, measured)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return console.DONE
 
 
-def choose_subjects(store: SliceStore, state: dict[str, Any],
-                    args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The split's subjects, if the checkpoint can and may be measured on them.
+# ------------------------------------------------------------------------------- whom and what
+
+
+def prepare_store(args: argparse.Namespace, state: dict[str, Any], process: Process) -> SliceStore:
+    """Slices of new scans, made as the checkpoint's: by preprocess.py, all for the test split.
 
     Raises
     ------
-    ValueError : the store was made otherwise than the checkpoint's, the split is empty, or it has
-        subjects that the checkpoint was trained on
+    ValueError : it cannot be said how, preprocess.py refuses, or torchrun runs before it has run
     """
-    trained = state["preprocessing"]
-    for name in ("size", "spacing_mm", "intensity"):
-        if trained[name] != store.header[name]:
-            raise ValueError(f"{store.folder}: made with {name} {store.header[name]}, {args.ckpt} "
-                             f"was trained on {trained[name]}; make the store again alike")
-    subjects = paired_subjects(store, args.split)
-    if not subjects:
-        raise ValueError(f"{store.folder}: the {args.split} split has no subjects; name some with "
-                         f"preprocess.py --{args.split}, or choose another --split")
-    seen = {person(i) for i in trained["subjects"]["train"]} & {person(s["id"]) for s in subjects}
-    if seen and args.split != "train":
-        raise ValueError(f"{store.folder}: {min(seen)} is in the {args.split} split, but "
-                         f"{args.ckpt} was trained on it; measure on subjects that it never saw")
-    return subjects
+    folder, record = args.out / "slices", state["preprocessing"]
+    if process.world > 1:
+        if not (folder / "store.json").exists():
+            raise ValueError(f"{folder}: is not there yet; run this once without torchrun")
+        return SliceStore(folder)
+    methods = record["brain_extraction"]
+    method = args.brain_extraction or (methods[0] if len(methods) == 1 else "")
+    if not method:
+        raise ValueError(f"{args.ckpt[0]}: was trained on slices by {' and '.join(methods)}; say "
+                         "with --brain-extraction which fits the scans in --bids")
+    named, tta = method.partition("+")[::2]
+    command = [sys.executable, str(Path(__file__).with_name("preprocess.py")),
+               "--bids", *map(str, args.bids), "--out", str(folder), "--size", str(record["size"]),
+               "--spacing", str(record["spacing_mm"]),
+               "--min-brain-area", str(record["min_brain_area"]),
+               "--brain-extraction", named, *(["--tta"] if tta else []),
+               "--device", args.device]
+    done = subprocess.run(command, check=False)
+    if done.returncode not in (console.DONE, console.LEFT_OUT):
+        raise ValueError(f"--bids {' '.join(map(str, args.bids))}: preprocess.py ended with exit "
+                         f"code {done.returncode}, see above")
+    return SliceStore(folder)
 
 
-def person(session_id: str) -> str:
-    """The subject that a session of the store belongs to: its id without `_ses-`."""
-    return session_id.split("_ses-")[0]
+def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
+                    args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The split's sessions, if the checkpoints can and may be measured on them.
+
+    Raises
+    ------
+    ValueError : the store was made otherwise than a checkpoint's, the split is empty, or it has
+        subjects that a checkpoint was trained on
+    """
+    split = "test" if args.bids else args.split
+    sessions = (list(store.subjects) if args.bids else paired_subjects(store, split))
+    for path, state in zip(args.ckpt, states):
+        trained = state["preprocessing"]
+        for name in ("size", "spacing_mm", "intensity"):
+            if trained[name] != store.header[name]:
+                raise ValueError(f"{store.folder}: made with {name} {store.header[name]}, {path} "
+                                 f"was trained on {trained[name]}; make the store again alike")
+        seen = ({person(i) for i in trained["subjects"]["train"]}
+                & {person(s["id"]) for s in sessions})
+        if seen and split != "train":
+            raise ValueError(f"{store.folder}: {min(seen)} is in the {split} split, but {path} was "
+                             "trained on it; measure on subjects that it never saw")
+    if not sessions:
+        raise ValueError(f"{store.folder}: the {split} split has no subjects; name some with "
+                         f"preprocess.py --{split}, or choose another --split")
+    return sessions
 
 
-# ---------------------------------------------------------------------------------- measuring
+@dataclass(frozen=True)
+class Measured:
+    """What was found on one session.
+
+    Attributes
+    ----------
+    records : as `measuring.measure_session`
+    counts : direction to (2, bins): intensities in the brain, real and translated by the first
+    features : direction to (2, n, D) real and translated by the first, {} without weights
+    """
+
+    records: list[Record]
+    counts: dict[str, np.ndarray]
+    features: dict[str, Tensor]
 
 
-def measure_subject(store: SliceStore, subject: dict[str, Any], translate: dict[str, Translate],
-                    device: torch.device, batch_size: int) -> list[Record]:
-    """Measure each slice of a session, both ways: the model and, as the floor, the copied input.
-
-    Inside the brain also `correlation` with the real target, and the mean distance `from_input`.
+class Evaluation:
+    """Everything that translates, on this process's device.
 
     Parameters
     ----------
-    store, subject : one row of its `subjects.tsv`
-    translate : direction to a function from slices (N, 1, H, W) in [-1, 1] to translations alike
+    args : the command line
+    states : the checkpoints
+    store : whose slices are measured
+    process : this one among those of torchrun
     """
-    records: list[Record] = []
-    row = subject["first_row"]
-    for real_x, real_y, mask in paired_slices(store, subject, batch_size):
-        real_x, real_y, mask = (v.to(device) for v in (real_x, real_y, mask))
-        for direction, source, target in (("t1w-to-t2w", real_x, real_y),
-                                          ("t2w-to-t1w", real_y, real_x)):
-            fake = (translate[direction](source) + 1) / 2
-            source, target = (source + 1) / 2, (target + 1) / 2
-            for method, image in (("model", fake), ("floor", source)):
-                measures = measure(image, target, mask)
-                measures["brain"].update(correlation=correlation(image, target, mask),
-                                         from_input=mae(image, source, mask))
-                for protocol, values in measures.items():
-                    columns = zip(*(v.tolist() for v in values.values()))
-                    records += [{"direction": direction, "id": subject["id"], "row": row + i,
-                                 "method": method, "protocol": protocol,
-                                 **dict(zip(values, figures_of_slice))}
-                                for i, figures_of_slice in enumerate(columns)]
-        row += len(real_x)
-    for record in records:
-        record["psnr_db"] = min(record["psnr_db"], PSNR_CAP_DB)
-    return sorted(records, key=lambda r: (r["direction"], r["row"]))  # whatever the batches were
+
+    def __init__(self, args: argparse.Namespace, states: Sequence[dict[str, Any]],
+                 store: SliceStore, process: Process):
+        self.args, self.states, self.store, self.process = args, states, store, process
+        self.precision = choose_precision(args.precision, process.device)
+        self.notes: list[str] = []
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.methods = [self._translators(MODEL, state, str(path))
+                        for path, state in zip(args.ckpt, states)]
+        self.methods += [copy_input(), *self._references()]
+        self.features = load_features(args.features, process.device) if args.features else None
+
+    def _translators(self, kind: str, state: dict[str, Any], ckpt: str = "") -> Method:
+        device = self.process.device
+        nets = checkpoint.load_generators(state, device)
+
+        def translator(net: torch.nn.Module) -> Translate:
+            def translate(real: Tensor) -> Tensor:
+                with torch.no_grad(), autocast(device, self.precision):
+                    return net(real.to(device)).float()
+            return translate
+
+        return Method(kind, {d: translator(net) for d, net in zip(DIRECTIONS, nets)}, ckpt)
+
+    def _references(self) -> list[Method]:
+        """What is fitted on the training split: the look-up table and, if wanted, the ceiling."""
+        training = self._training_store()
+        if training is None:
+            self.notes.append("look-up table not measured: no training slices like these in "
+                              f"{self.args.slices}")
+            if self.args.ceiling:
+                raise ValueError(f"--ceiling: needs the training slices in --slices, "
+                                 f"{self.args.slices} has none like the checkpoint's")
+            return []
+        found = [fit_look_up_table(training)]
+        if self.args.ceiling:
+            path = self.args.out / "ceiling.pt"
+            if self.process.world > 1 and not path.exists():
+                raise ValueError("--ceiling: is trained by one process; run this once without "
+                                 "torchrun, which leaves ceiling.pt")
+            state = train_ceiling(path, self.states[0], training, self.process.device,
+                                  self.precision)
+            found.append(self._translators(CEILING, state))
+        return found
+
+    def _training_store(self) -> SliceStore | None:
+        """The store with the training split, if it is there and made like the checkpoint's."""
+        store = self.store
+        if self.args.bids:
+            try:
+                store = SliceStore(self.args.slices)
+            except (ValueError, FileNotFoundError):
+                return None
+        trained = self.states[0]["preprocessing"]
+        alike = all(trained[name] == store.header[name] for name in ("size", "spacing_mm",
+                                                                     "intensity"))
+        return store if alike and len(store.rows("train")) else None
+
+    def measure(self, sessions: Sequence[dict[str, Any]]) -> list[Measured]:
+        """Measure sessions, shared out among the processes; all of them on rank 0, in order."""
+        rank, world = self.process.rank, self.process.world
+        mine = [(i, session) for i, session in enumerate(sessions) if i % world == rank]
+        bar = tqdm(mine, unit="session", desc="evaluate",
+                   disable=None if self.process.is_main else True)
+        parts = self.process.gather([(i, self._measure(session)) for i, session in bar])
+        return [found for _, found in sorted((pair for part in parts for pair in part),
+                                             key=lambda pair: pair[0])]
+
+    def _measure(self, session: dict[str, Any]) -> Measured:
+        device, batch_size = self.process.device, self.args.batch_size
+        records = measure_session(self.store, session, self.methods, device, batch_size)
+        counts, features = {}, {}
+        for direction, pair in self.translated(session).items():
+            _, real, fake, mask = pair
+            counts[direction] = np.stack([np.histogram(v[mask].numpy(), BINS, (0, 1))[0]
+                                          for v in (real, fake)])
+            if self.features:
+                features[direction] = torch.stack([
+                    torch.cat([self.features(v[i:i + batch_size].to(device)).cpu()
+                               for i in range(0, len(v), batch_size)]) for v in (real, fake)])
+        return Measured(records, counts, features)
+
+    def translated(self, session: dict[str, Any]) -> dict[str, tuple[Tensor, ...]]:
+        """Direction to source, target, the first checkpoint's translation ([0, 1]), and mask."""
+        parts = list(paired_slices(self.store, session, self.args.batch_size))
+        real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
+        found = {}
+        for direction, (source, target) in zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))):
+            fake = in_batches(self.methods[0].translate[direction], source, self.args.batch_size)
+            found[direction] = (*((v + 1) / 2 for v in (source, target, fake)), mask)
+        return found
 
 
-def over_slices(slices: Iterable[Record]) -> list[Record]:
-    """Mean over each subject's slices, of all its sessions, by direction, method and protocol."""
-    groups: dict[tuple, list[Record]] = defaultdict(list)
-    for s in slices:
-        groups[s["direction"], person(s["id"]), s["method"], s["protocol"]].append(s)
-    return [{"direction": d, "id": i, "method": m, "protocol": p, "n_slices": len(group),
-             **{name: float(np.mean([s[name] for s in group])) for name in METRICS}}
-            for (d, i, m, p), group in groups.items()]
+def fit_look_up_table(store: SliceStore) -> Method:
+    """The best that a pixel's intensity alone can tell, from the training split's pairs."""
+    tables = {direction: LookUpTable() for direction in DIRECTIONS}
+    for session in paired_subjects(store, "train"):
+        for real_x, real_y, mask in paired_slices(store, session, 64):
+            for direction, (source, target) in zip(DIRECTIONS, ((real_x, real_y),
+                                                                (real_y, real_x))):
+                tables[direction].update(source, target, mask)
+    return Method(TABLE, tables)
 
 
-def summarise(per_subject: list[Record], seed: int) -> dict[str, Any]:
-    """DESIGN's `summary.json`: direction, then protocol (and floor's protocols), then metric."""
+# ---------------------------------------------------------------------------- putting together
+
+
+def summarise(per_subject: list[Record], ckpt: str, seed: int) -> dict[str, Any]:
+    """DESIGN's `summary.json`: direction, protocol (and references' protocols), metric."""
     summary: dict[str, Any] = {}
     for direction in DIRECTIONS:
         parts: dict[str, dict] = {}
-        for method in ("model", "floor"):
-            parts[method] = {protocol: {
-                name: spread([s[name] for s in per_subject if s["direction"] == direction
-                              and s["method"] == method and s["protocol"] == protocol], seed)
-                for name in METRICS} for protocol in PROTOCOLS}
-        summary[direction] = {**parts["model"], "floor": parts["floor"]}
+        for method in METHODS:
+            parts[method] = {}
+            for protocol in PROTOCOLS:
+                values = figures_of(per_subject, direction=direction, method=method,
+                                    protocol=protocol, ckpt=ckpt if method == MODEL else "")
+                if values:
+                    parts[method][protocol] = {name: spread(v, seed) for name, v in values.items()}
+        summary[direction] = {**parts.pop(MODEL), **{m: p for m, p in parts.items() if p}}
     return summary
 
 
-def spread(values: list[float], seed: int) -> dict[str, Any]:
-    """Mean, SD (n - 1) and 95 % percentile bootstrap interval over subjects (null for one)."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean, "sd": None, "ci95": None}
-    sd = float(np.std(values, ddof=1))
-    if sd == 0:  # equal values: every resample is the same
-        return {"mean": mean, "sd": sd, "ci95": [mean, mean]}
-    found = stats.bootstrap((np.array(values),), np.mean, n_resamples=9999, method="percentile",
-                            random_state=np.random.default_rng(seed))
-    low, high = found.confidence_interval
-    return {"mean": mean, "sd": sd, "ci95": [float(low), float(high)]}
-
-
-def contrast_checks(slices: list[Record]) -> dict[str, Any]:
+def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
     """Has the model copied its input, or inverted the contrast? Means over slices, and the verdict.
 
     `correlation` is with the real target inside the brain, below 0 for an inverted contrast;
@@ -230,12 +343,13 @@ def contrast_checks(slices: list[Record]) -> dict[str, Any]:
     """
     checks = {}
     for direction in DIRECTIONS:
-        def mean(method: str, name: str) -> float:
-            return float(np.mean([s[name] for s in slices if s["direction"] == direction
-                                  and s["protocol"] == "brain" and s["method"] == method]))
+        brain_only = list(select(records, direction=direction, protocol="brain"))
 
-        ratio = mean("model", "from_input") / max(mean("floor", "mae"), 1e-9)
-        agreement = mean("model", "correlation")
+        def mean(method: str, name: str, of: str = "") -> float:
+            return float(np.mean([r[name] for r in select(brain_only, method=method, ckpt=of)]))
+
+        ratio = mean(MODEL, "from_input", ckpt) / max(mean("floor", "mae"), 1e-9)
+        agreement = mean(MODEL, "ncc", ckpt)
         warnings = []
         if ratio < COPY_RATIO:
             warnings.append(f"{direction}: the translation is nearly a copy of its input (distance "
@@ -247,60 +361,235 @@ def contrast_checks(slices: list[Record]) -> dict[str, Any]:
     return checks
 
 
+def distribution(measured: Sequence[Measured], seed: int) -> dict[str, dict[str, Any]]:
+    """Frechet and kernel distance of translated and real slices, by direction; or why not."""
+    found: dict[str, dict[str, Any]] = {}
+    for direction in DIRECTIONS:
+        names = ("Frechet distance", "kernel distance x 1000")
+        if not measured[0].features:
+            found[direction] = dict.fromkeys(names, NOT_MEASURED)
+            continue
+        real, fake = torch.cat([m.features[direction] for m in measured], dim=1)
+        if len(real) < 2:
+            found[direction] = dict.fromkeys(names, "not measured: one slice only")
+            continue
+        kernel = kernel_distance(real, fake, generator=torch.Generator().manual_seed(seed))
+        found[direction] = dict(zip(names, (float(frechet_distance(real, fake)),
+                                            1000 * float(kernel.mean))))
+    return found
+
+
+def comparisons(per_subject: list[Record], ckpts: Sequence[str],
+                seed: int) -> dict[str, dict[str, Any]]:
+    """Checkpoint to direction to metric: its differences from the first, in the brain."""
+    found: dict[str, dict[str, Any]] = {}
+    for ckpt in ckpts[1:]:
+        found[ckpt] = {}
+        for direction in DIRECTIONS:
+            first, other = (figures_of(per_subject, direction=direction, method=MODEL,
+                                       protocol="brain", ckpt=name) for name in (ckpts[0], ckpt))
+            found[ckpt][direction] = compare(first, other, seed)
+    return found
+
+
 # ------------------------------------------------------------------------------------ results
 
 
-def draw(slices: list[Record], per_subject: list[Record], store: SliceStore,
-         translate: dict[str, Translate]) -> dict[str, bytes]:
-    """Figures by file name: best, median and worst slices of each direction, and the subjects."""
+def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence[dict[str, Any]],
+                  measured: Sequence[Measured]) -> None:
+    """Write tables, figures and the report, each file whole; print the table."""
+    records = sorted((r for m in measured for r in m.records), key=_place)
+    per_subject = over_slices(records)
+    ckpts, state = [str(path) for path in args.ckpt], work.states[0]
+    checks = contrast_checks(records, ckpts[0])
+    compared = comparisons(per_subject, ckpts, args.seed)
+    warnings = [w for d in DIRECTIONS for w in checks[d]["warnings"]]
+    summary = summarise(per_subject, ckpts[0], args.seed) | {
+        "checks": checks, "warnings": warnings, "notes": work.notes,
+        "distribution": distribution(measured, args.seed),
+        "n_subjects": len({person(s["id"]) for s in sessions}), "n_sessions": len(sessions),
+        "n_slices": sum(s["n_slices"] for s in sessions),
+        "split": "bids" if args.bids else args.split, "slices": str(work.store.folder),
+        "subjects": [s["id"] for s in sessions], "ckpt": ckpts[0],
+        "ckpt_sha256": checkpoint.fingerprint(args.ckpt[0]), "step": state["step"],
+        "slices_seen": state["slices_seen"],
+        "precision": str(work.precision).removeprefix("torch."), "seed": args.seed,
+        "others": [{"ckpt": name, "ckpt_sha256": checkpoint.fingerprint(path),
+                    "checks": contrast_checks(records, name),
+                    **summarise(per_subject, name, args.seed), "difference": compared[name]}
+                   for name, path in zip(ckpts[1:], args.ckpt[1:])]}
+    best = {d: best_median_worst(records, d, ckpts[0]) for d in DIRECTIONS}
+    pictures = draw(work, measured, per_subject, best, compared)
+    curves, alarms = training_curves(args.ckpt[0].parent)
+    if curves:
+        pictures["training"] = curves
+    for name, picture in pictures.items():
+        write_atomically(args.out / f"{name}.png", picture.png)
+        write_atomically(args.out / f"{name}.svg", picture.svg)
+    keys = ("direction", "method", "ckpt", "protocol", "id")
+    of_slices = [r for r in records if r["row"] is not None]
+    tables = {"slices": _csv((*keys, "row", *METRICS, "from_input"), of_slices),
+              "subjects": _csv((*keys, "n_slices", *METRICS), per_subject)}
+    rows = comparison_rows(compared)
+    if rows:
+        tables["comparison"] = _plain_csv(rows)
+    for name, content in tables.items():
+        write_atomically(args.out / f"{name}.csv", content)
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    write_atomically(args.out / "summary.json", (text + "\n").encode())
+    main, others = ("ssim", "psnr_db", "mae"), ("ms_ssim", "ncc", "gradient_similarity",
+                                                "intensity_distance", "cycle_error")
+    page = evaluation_page(
+        summary, {"In the brain": table(summary, ["brain"], main, "\n"),
+                  "Other figures in the brain": table(summary, ["brain"], others, "\n"),
+                  "Volumes": table(summary, ["volume"], ("ssim", "psnr_db", "slice_consistency"),
+                                   "\n"),
+                  "Protocols of other papers": table(summary, ["slice", "box"], main, "\n")},
+        pictures, view(work, sessions, records, best), state, alarms, rows)
+    write_atomically(args.out / "report.html", page.encode())
+    print_tables(summary, table(summary, PROTOCOLS, main), rows)
+    log.info("report: %s", args.out / "report.html")
+
+
+def _place(record: Record) -> tuple:
+    """Order of the records, whatever the batches and processes were."""
+    row = record["row"]
+    return (record["direction"], record["id"], row is None, row or 0)
+
+
+def best_median_worst(records: list[Record], direction: str, ckpt: str) -> dict[str, Record]:
+    """The model's slices with the highest, the middle and the lowest SSIM in the brain."""
+    found = sorted(select(records, direction=direction, protocol="brain", method=MODEL, ckpt=ckpt),
+                   key=lambda r: (r["ssim"], r["id"], r["row"]))
+    return {"best": found[-1], "median": found[len(found) // 2], "worst": found[0]}
+
+
+def draw(work: Evaluation, measured: Sequence[Measured], per_subject: list[Record],
+         best: dict[str, dict[str, Record]],
+         compared: dict[str, dict[str, Any]]) -> dict[str, figures.Picture]:
+    """Figures by file name: chosen slices of each direction, subjects, histograms, comparisons."""
     pictures = {}
     values: dict[str, dict[str, list[float]]] = {}
     labels = list(dict.fromkeys(s["id"] for s in per_subject))
     for direction, (source_name, target_name) in DIRECTIONS.items():
-        shown = [_example(title, s, store, translate[direction])
-                 for title, s in best_median_worst(slices, direction).items()]
-        pictures[f"slices_{direction}.png"] = figures.examples(shown, source_name, target_name)
-        values[direction] = {
-            method: [s["ssim"] for s in per_subject if s["direction"] == direction
-                     and s["method"] == method and s["protocol"] == "brain"]
-            for method in ("model", "floor")}
-    pictures["subjects.png"] = figures.subject_plot(values, labels, "SSIM in the brain")
+        shown = [_example(title, record, work) for title, record in best[direction].items()]
+        pictures[f"slices_{direction}"] = figures.examples(shown, source_name, target_name)
+        # a reference's name ends in a star, see there
+        names = {(m.kind, m.ckpt): m.ckpt if m.kind == MODEL and len(compared) else
+                 METHODS[m.kind] + ("" if m.kind == MODEL else "*") for m in work.methods}
+        values[f"{source_name} to {target_name}"] = {
+            name: [r["ssim"] for r in select(per_subject, direction=direction, protocol="brain",
+                                             method=kind, ckpt=ckpt)]
+            for (kind, ckpt), name in names.items()}
+    pictures["subjects"] = figures.subject_plot(values, labels, "SSIM in the brain")
+    pictures["histograms"] = figures.histograms({
+        " to ".join(names): sum((m.counts[direction] for m in measured), np.zeros((2, BINS)))
+        for direction, names in DIRECTIONS.items()})
+    for i, (ckpt, directions) in enumerate(compared.items(), start=1):
+        scaled = {" to ".join(DIRECTIONS[d]): {
+            METRICS[name].label: _in_sds(found) for name, found in metrics.items() if found["sd"]}
+            for d, metrics in directions.items()}
+        if all(scaled.values()):
+            pictures[f"comparison_{i}"] = figures.differences(
+                scaled, f"{ckpt} minus {work.args.ckpt[0]}")
     return pictures
 
 
-def best_median_worst(slices: list[Record], direction: str) -> dict[str, Record]:
-    """The model's slices with the highest, the middle and the lowest SSIM in the brain."""
-    found = [s for s in slices if s["direction"] == direction and s["protocol"] == "brain"
-             and s["method"] == "model"]
-    found.sort(key=lambda s: (s["ssim"], s["id"], s["row"]))
-    return {"best": found[-1], "median": found[len(found) // 2], "worst": found[0]}
+def _in_sds(found: dict[str, Any]) -> tuple[float, float, float]:
+    low, high = found["ci95"]
+    return found["mean"] / found["sd"], low / found["sd"], high / found["sd"]
 
 
-def _example(title: str, record: Record, store: SliceStore,
-             translate: Translate) -> figures.Example:
-    row = np.array([record["row"]])
-    real_x, real_y = to_tensor(store.t1w[row]), to_tensor(store.t2w[row])
+def _example(title: str, record: Record, work: Evaluation) -> figures.Example:
+    row, store = np.array([record["row"]]), work.store
+    real_x, real_y = ((torch.from_numpy(np.asarray(a[row], np.float32))[:, None])
+                      for a in (store.t1w, store.t2w))
     source, target = (real_x, real_y) if record["direction"] == "t1w-to-t2w" else (real_y, real_x)
-    shown, translated, real = (((v.cpu() + 1) / 2)[0, 0].numpy()
-                               for v in (source, translate(source), target))
-    caption = (f"SSIM {record['ssim']:.3f}   PSNR {record['psnr_db']:.1f} dB\n"
-               f"{record['id']}, row {record['row']}")
+    fake = work.methods[0].translate[record["direction"]](source)
+    shown, translated, real = (((v.cpu() + 1) / 2)[0, 0].numpy() for v in (source, fake, target))
+    caption = f"{caption_of(record)}\n{record['id']}, row {record['row']}"
     return figures.Example(title, shown, translated, real, store.mask(row)[0], caption)
 
 
-def write_results(out: Path, summary: dict[str, Any], slices: list[Record],
-                  per_subject: list[Record], pictures: dict[str, bytes],
-                  state: dict[str, Any]) -> None:
-    """Write tables, figures and the report, each file whole."""
-    for name, png in pictures.items():
-        write_atomically(out / name, png)
-    keys = ("direction", "method", "protocol", "id")
-    columns = (*keys, "row", *METRICS, "correlation", "from_input")
-    write_atomically(out / "slices.csv", _csv(columns, slices))
-    write_atomically(out / "subjects.csv", _csv((*keys, "n_slices", *METRICS), per_subject))
-    text = json.dumps(summary, indent=1, allow_nan=False)
-    write_atomically(out / "summary.json", (text + "\n").encode())
-    write_atomically(out / "report.html", report(summary, pictures, state).encode())
+def caption_of(record: Record) -> str:
+    """The figures of a slice in the brain."""
+    return (f"SSIM {record['ssim']:.3f}   PSNR {record['psnr_db']:.1f} dB   "
+            f"MAE {record['mae']:.3f}")
+
+
+def view(work: Evaluation, sessions: Sequence[dict[str, Any]], records: list[Record],
+         best: dict[str, dict[str, Record]]) -> list[Stack]:
+    """Sessions for the report's viewer: those of the chosen slices, then others, a few in all."""
+    chosen = dict.fromkeys(record["id"] for found in best.values() for record in found.values())
+    chosen |= dict.fromkeys(s["id"] for s in sessions)
+    wanted = sorted(list(chosen)[:VIEWED])
+    captions: dict[tuple[str, str], list[str]] = {}
+    for record in select(records, method=MODEL, protocol="brain", ckpt=str(work.args.ckpt[0])):
+        captions.setdefault((record["id"], record["direction"]), []).append(caption_of(record))
+    stacks = []
+    for session in (s for s in sessions if s["id"] in wanted):
+        found = work.translated(session)
+        (t1w, t2w, to_t2w, mask), (_, _, to_t1w, _) = (
+            [v[:, 0].numpy() for v in found[d]] for d in DIRECTIONS)
+        stacks.append(Stack(session["id"], t1w, t2w, to_t2w, to_t1w, mask,
+                            {d: captions[session["id"], d] for d in DIRECTIONS}))
+    return stacks
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def table(summary: dict[str, Any], protocols: Sequence[str], metrics: Sequence[str],
+          between: str = " ") -> list[list[str]]:
+    """The summary as lines of text, column titles first; `between` SD and interval."""
+    rows = [["direction", "protocol", "method", *(METRICS[name].label for name in metrics)]]
+    for direction in DIRECTIONS:
+        for protocol in protocols:
+            for method, label in METHODS.items():
+                part = summary[direction] if method == MODEL else summary[direction].get(method, {})
+                found = part.get(protocol, {})
+                if set(metrics) & set(found):
+                    cells = [spread_text(found[name], METRICS[name].digits, between)
+                             if name in found else "" for name in metrics]
+                    rows.append([direction_text(direction), protocol, label, *cells])
+    return rows
+
+
+def comparison_rows(compared: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The comparison as lines of text, column titles first; [] without one."""
+    rows = [["checkpoint", "direction", "metric (brain)", "difference", "p", "p (Holm)"]]
+    for ckpt, directions in compared.items():
+        for direction, metrics in directions.items():
+            for name, found in metrics.items():
+                ps = ["" if found[key] is None else f"{found[key]:.3g}" for key in ("p", "p_holm")]
+                rows.append([ckpt, direction_text(direction), METRICS[name].label,
+                             spread_text(found, METRICS[name].digits), *ps])
+    return rows if len(rows) > 1 else []
+
+
+def print_tables(summary: dict[str, Any], lines: list[list[str]],
+                 differences: list[list[str]]) -> None:
+    """The tables and the warnings on the terminal."""
+    _print_columns(lines)
+    log.info("%d subjects, %d slices, %s split; mean ± SD [95 %% bootstrap interval] over "
+             "subjects; other figures: summary.json, report.html", summary["n_subjects"],
+             summary["n_slices"], summary["split"])
+    for direction, found in summary["distribution"].items():
+        for name, value in found.items():
+            log.info("%s, %s: %s", direction, name,
+                     f"{value:.4g}" if isinstance(value, float) else value)
+    if differences:
+        _print_columns(differences)
+    for note in summary["notes"]:
+        log.info("note: %s", note)
+    for warning in summary["warnings"]:
+        log.warning("warning: %s", warning)
+
+
+def _print_columns(rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        log.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _csv(columns: tuple[str, ...], rows: list[Record]) -> bytes:
@@ -311,76 +600,10 @@ def _csv(columns: tuple[str, ...], rows: list[Record]) -> bytes:
     return text.getvalue().encode()
 
 
-def table_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """The summary as lines of text: direction, protocol, method, then the metrics."""
-    rows = []
-    for direction, (source, target) in DIRECTIONS.items():
-        for protocol in PROTOCOLS:
-            for method, part in (("translated", summary[direction]),
-                                 ("floor (copy)", summary[direction]["floor"])):
-                values = part[protocol]
-                rows.append([f"{source} to {target}", protocol, method,
-                             *(_spread_text(values[name], 2 if name == "psnr_db" else 3)
-                               for name in METRICS)])
-    return rows
-
-
-def _spread_text(value: dict[str, Any], digits: int) -> str:
-    text = f"{value['mean']:.{digits}f}"
-    if value["sd"] is None:
-        return text
-    low, high = value["ci95"]
-    return f"{text} ± {value['sd']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """The table and the warnings on the terminal."""
-    rows = [["direction", "protocol", "", *METRICS.values()], *table_rows(summary)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        log.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    log.info("%d subjects, %d slices, %s split; mean ± SD [95 %% bootstrap interval] over "
-             "subjects", summary["n_subjects"], summary["n_slices"], summary["split"])
-    for direction in DIRECTIONS:
-        for warning in summary["checks"][direction]["warnings"]:
-            log.warning("warning: %s", warning)
-
-
-def report(summary: dict[str, Any], pictures: dict[str, bytes], state: dict[str, Any]) -> str:
-    """The one-page report."""
-    config, data = state["config"], state["preprocessing"]
-    warnings = [w for d in DIRECTIONS for w in summary["checks"][d]["warnings"]]
-    parts = [
-        page.paragraph(f"{summary['ckpt']}, step {state['step']}, {state['slices_seen']} slice "
-                       f"pairs seen. {summary['n_subjects']} subjects, {summary['n_slices']} "
-                       f"slices of the {summary['split']} split. Mean ± SD [95 % bootstrap "
-                       "interval] over subjects."),
-        *(page.paragraph(w, "warning") for w in warnings),
-        page.table(("direction", "protocol", "", *METRICS.values()), table_rows(summary)),
-        page.paragraph("brain: inside the brain mask. slice: the whole stored slice, background "
-                       "included. box: cropped to the brain's box, resized to 128 x 128. Floor: "
-                       "the input itself taken for the translation. Images in [0, 1], data range "
-                       "1.", "note"),
-        page.heading("Subjects"), page.picture(pictures["subjects.png"], "SSIM of each subject"),
-    ]
-    for direction, (source, target) in DIRECTIONS.items():
-        check = summary["checks"][direction]
-        parts += [
-            page.heading(f"{source} to {target}: best, median and worst slice"),
-            page.picture(pictures[f"slices_{direction}.png"], "input, translated, real, error"),
-            page.paragraph(f"Correlation with the real {target} in the brain "
-                           f"{check['correlation']:.2f} (below 0: inverted); distance to the input "
-                           f"{check['copy_ratio']:.0%} of the real {target}'s (near 0: copied).",
-                           "note"),
-        ]
-    settings = [[name, str(config[name])] for name in sorted(config)]
-    settings += [[name, str(data[name])] for name in ("size", "spacing_mm", "intensity",
-                                                      "brain_extraction")]
-    sources = [[s["dataset"], s["snapshot"], s["doi"], s["license"]] for s in data["sources"]]
-    parts += [page.heading("Training settings"), page.table(("setting", "value"), settings),
-              page.heading("Data"), page.table(("dataset", "snapshot", "DOI", "licence"), sources),
-              page.heading("Limits"), page.paragraph(LIMITS)]
-    return page.page("T1w / T2w translation: evaluation", parts)
+def _plain_csv(rows: list[list[str]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 if __name__ == "__main__":

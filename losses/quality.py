@@ -150,9 +150,7 @@ def ssim(image: Tensor, reference: Tensor, mask: Tensor | None = None,
     """
     _check(image, reference, mask, data_range)
     similarity = _ssim_map(image.double(), reference.double(), data_range)
-    if mask is None:
-        similarity = similarity[..., RADIUS:-RADIUS, RADIUS:-RADIUS]
-    return _mean(similarity, mask).float()
+    return _mean(_inner(similarity) if mask is None else similarity, mask).float()
 
 
 def multiscale_ssim(image: Tensor, reference: Tensor, mask: Tensor | None = None,
@@ -179,9 +177,8 @@ def multiscale_ssim(image: Tensor, reference: Tensor, mask: Tensor | None = None
     for scale, weight in enumerate((weights / weights.sum()).tolist(), start=1):
         luminance, structure = _similarity(x, y, data_range)
         similarity = structure if scale < n_scales else luminance * structure
-        if share is None:
-            similarity = similarity[..., RADIUS:-RADIUS, RADIUS:-RADIUS]
-        product *= _mean(similarity, share).clamp(min=0) ** weight
+        mean = _mean(_inner(similarity) if share is None else similarity, share)
+        product *= mean.clamp(min=0) ** weight
         x, y = _halve(x), _halve(y)
         share = None if share is None else _halve(share)
     return product.float()
@@ -245,10 +242,15 @@ def measure(image: Tensor, reference: Tensor, mask: Tensor,
     """
     _check(image, reference, mask, data_range)
     boxed = crop_to_box(torch.cat([image, reference], dim=1), mask)
-    protocols = {"brain": (image, reference, mask), "slice": (image, reference, None),
-                 "box": (boxed[:, :1], boxed[:, 1:], None)}
-    return {protocol: {"ssim": ssim(*given, data_range), "psnr_db": psnr_db(*given, data_range),
-                       "mae": mae(*given, data_range)} for protocol, given in protocols.items()}
+    given = {"brain": (image, reference, mask), "slice": (image, reference, None),
+             "box": (boxed[:, :1], boxed[:, 1:], None)}
+    similarity = _ssim_map(image.double(), reference.double(), data_range)  # for two protocols
+    ssims = {"brain": _mean(similarity, mask).float(),
+             "slice": _mean(_inner(similarity), None).float(),
+             "box": ssim(*given["box"], data_range)}
+    return {protocol: {"ssim": ssims[protocol], "psnr_db": psnr_db(*arguments, data_range),
+                       "mae": mae(*arguments, data_range)}
+            for protocol, arguments in given.items()}
 
 
 def similarity_terms(means: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
@@ -296,6 +298,11 @@ def _ssim_map(x: Tensor, y: Tensor, data_range: float) -> Tensor:
     """Compute the map of `ssim_map` from checked float64 images, in float64."""
     luminance, structure = _similarity(x, y, data_range)
     return luminance * structure
+
+
+def _inner(similarity: Tensor) -> Tensor:
+    """Leave out the border whose windows reach beyond the image."""
+    return similarity[..., RADIUS:-RADIUS, RADIUS:-RADIUS]
 
 
 def _squared_gradient(images: Tensor) -> Tensor:

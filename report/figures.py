@@ -1,4 +1,4 @@
-"""Pictures of slices and figures of results, as PNG bytes; drawn off screen."""
+"""Pictures of slices and figures of results, as PNG and SVG; drawn off screen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+COLOURS = ("tab:blue", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure in two formats: equal figures are equal bytes in both."""
+
+    png: bytes
+    svg: bytes
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Example:
     caption: str
 
 
-def examples(chosen: Sequence[Example], source_name: str, target_name: str) -> bytes:
+def examples(chosen: Sequence[Example], source_name: str, target_name: str) -> Picture:
     """Draw examples in rows: input, translated, real and the error inside the brain (0 to 0.5)."""
     figure = Figure(figsize=(9.6, 2.55 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 4, squeeze=False)
@@ -51,34 +62,100 @@ def examples(chosen: Sequence[Example], source_name: str, target_name: str) -> b
             axis.set_yticks([])
         row[0].set_ylabel(example.title, fontsize=9)
         row[1].set_xlabel(example.caption, fontsize=8)
-    return _png(figure)
+    return _render(figure)
 
 
 def subject_plot(values: Mapping[str, Mapping[str, Sequence[float]]], labels: Sequence[str],
-                 unit: str) -> bytes:
-    """Draw each subject's figure for the model and for the floor, a panel a direction.
+                 unit: str) -> Picture:
+    """Draw each subject's figure, a panel a direction, models as dots and references as lines.
 
     Parameters
     ----------
-    values : direction to {"model": one value a subject, "floor": the same}
+    values : direction to name to one value a subject; names that end in "*" are references
     labels : the subjects' ids
     unit : of the vertical axis
     """
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    places = np.arange(len(labels))
     for axis, (direction, series) in zip(figure.subplots(1, len(values), squeeze=False)[0],
                                          values.items()):
-        places = np.arange(len(labels))
-        axis.plot(places, series["model"], "o", label="translated")
-        axis.plot(places, series["floor"], "x", label="copied input (floor)")
-        axis.vlines(places, series["floor"], series["model"], linewidth=0.6)
+        models = [name for name in series if not name.endswith("*")]
+        for i, name in enumerate(models):
+            shift = 0.12 * (i - (len(models) - 1) / 2)
+            axis.plot(places + shift, series[name], "o", label=name,
+                      color=COLOURS[i % len(COLOURS)])
+        references = [name for name in series if name.endswith("*")]
+        for name, marker, grey in zip(references, "x_1", ("0.3", "0.5", "0.65")):
+            axis.plot(places, series[name], marker, label=name[:-1], color=grey)
         axis.set_title(direction, fontsize=10)
         axis.set_ylabel(unit)
         # many names would print over each other
         step = max(1, len(labels) // 12)
         axis.set_xticks(places[::step], [labels[i] for i in places[::step]], rotation=30,
                         ha="right", fontsize=7)
-        axis.legend(fontsize=8)
-    return _png(figure)
+        axis.set_xlim(-0.6, len(labels) - 0.4)
+        axis.legend(fontsize=7)
+    return _render(figure)
+
+
+def histograms(counts: Mapping[str, np.ndarray]) -> Picture:
+    """Draw intensities in the brain, a panel a direction: real filled, translated as a line.
+
+    Parameters
+    ----------
+    counts : direction to (2, bins), real and translated, in equal bins over [0, 1]
+    """
+    figure = Figure(figsize=(9.6, 2.8), layout="constrained")
+    for axis, (direction, pair) in zip(figure.subplots(1, len(counts), squeeze=False)[0],
+                                       counts.items()):
+        shares = pair / np.maximum(pair.sum(axis=1, keepdims=True), 1)
+        edges = np.linspace(0, 1, pair.shape[1] + 1)
+        axis.stairs(shares[0], edges, fill=True, color="0.75", label="real")
+        axis.stairs(shares[1], edges, color="tab:red", linewidth=1.4, label="translated")
+        axis.set(xlim=(0, 1), yticks=[], xlabel="intensity in the brain", title=direction)
+        axis.legend(fontsize=8, frameon=False)
+    return _render(figure)
+
+
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Picture:
+    """Draw lines over training steps: panel to line to (steps, values)."""
+    figure = Figure(figsize=(9.6, 2.7 * -(-len(panels) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for name, (steps, values) in lines.items():
+            axis.plot(steps, values, label=name, linewidth=1, marker="." if len(steps) < 3 else "")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=7)
+    for axis in axes[len(panels):]:
+        axis.set_axis_off()
+    return _render(figure)
+
+
+def differences(values: Mapping[str, Mapping[str, tuple[float, float, float]]],
+                title: str) -> Picture:
+    """Draw differences of two models with their intervals, a panel a direction.
+
+    Parameters
+    ----------
+    values : direction to metric to (mean, low, high), in units of the metric's SD over subjects
+    title : which models
+    """
+    most = max(map(len, values.values()))
+    figure = Figure(figsize=(9.6, 1.1 + 0.32 * most), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    for axis, (direction, metrics) in zip(figure.subplots(1, len(values), squeeze=False)[0],
+                                          values.items()):
+        places = np.arange(len(metrics))[::-1]
+        for place, (mean, low, high) in zip(places, metrics.values()):
+            axis.plot((low, high), (place, place), color="tab:blue")
+            axis.plot(mean, place, "o", color="tab:blue")
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_yticks(places, list(metrics), fontsize=8)
+        axis.set_title(direction, fontsize=10)
+        axis.set_xlabel("difference / SD over subjects", fontsize=8)
+    return _render(figure)
 
 
 @dataclass(frozen=True)
@@ -122,6 +199,14 @@ def checkerboard(first: np.ndarray, second: np.ndarray, tile: int = 16) -> np.nd
     """(n, H, W) of alternating tiles of two stacks: edges run on where the two are aligned."""
     height, width = np.indices(first.shape[1:])
     return np.where((height // tile + width // tile) % 2 == 0, first, second)
+
+
+def _render(figure: Figure) -> Picture:
+    out = io.BytesIO()
+    # fixed names inside and no date: equal figures are equal bytes
+    with mpl.rc_context({"svg.hashsalt": "t1w-t2w", "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(_png(figure), out.getvalue())
 
 
 def _png(figure: Figure, dots_per_inch: int = 100) -> bytes:

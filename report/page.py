@@ -14,6 +14,11 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; } .warning { background: #fff3cd; padding: .5rem 1rem; }
+details > summary { cursor: pointer; margin-top: 1rem; } .wide { overflow-x: auto; }
+.wide small { color: #777; white-space: nowrap; } .wide td { white-space: nowrap; }
+.viewer figure { display: inline-block; margin: 0 .6% .6% 0; width: 31%; vertical-align: top; }
+.viewer canvas { width: 100%; image-rendering: pixelated; background: #000; }
+.viewer figcaption { font-size: .85rem; color: #444; } .viewer label { margin-right: 1.5rem; }
 .note { color: #666; font-size: .9rem; }
 """
 
@@ -37,11 +42,22 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text."""
+    """A table of text; further lines of a cell are small."""
     head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row) + "</tr>"
+    body = "\n".join("<tr>" + "".join(f"<td>{_lines(v)}</td>" for v in row) + "</tr>"
                      for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+    return f"<div class='wide'><table>\n<tr>{head}</tr>\n{body}\n</table></div>"
+
+
+def _lines(text: str) -> str:
+    first, *others = escape(text).split("\n")
+    return first + "".join(f"<br><small>{line}</small>" for line in others)
+
+
+def details(summary: str, parts: Sequence[str]) -> str:
+    """Parts that open on a click."""
+    inside = "\n".join(parts)
+    return f"<details><summary>{escape(summary)}</summary>\n{inside}\n</details>"
 
 
 def picture(png: bytes, description: str) -> str:

@@ -1,0 +1,212 @@
+"""The figures of a translated session: what is measured, under which protocol, beside what.
+
+Joins the slice store, the nets and `losses/`; `evaluate.py` decides on whom and writes it down.
+
+Protocols: `brain` (inside the mask), `slice` (the whole stored slice), `box` (cropped to the
+brain's box, 128 x 128) for slices, `volume` for all slices of a session put together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.slices import paired_slices
+from data.store import SliceStore
+from losses import quality, volume_quality
+
+DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
+BACK = {"t1w-to-t2w": "t2w-to-t1w", "t2w-to-t1w": "t1w-to-t2w"}
+PROTOCOLS = ("brain", "slice", "box", "volume")
+# methods that are measured; a checkpoint is "model"
+MODEL, FLOOR, TABLE, CEILING = "model", "floor", "table", "ceiling"
+METHODS = {MODEL: "translated", FLOOR: "floor: copied input", TABLE: "look-up table",
+           CEILING: "ceiling: paired training"}
+PSNR_CAP_DB = 100.0  # of slices that agree to the last bit: infinity has no mean
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a slice or a volume.
+
+    Attributes
+    ----------
+    label : for tables
+    digits : after the point
+    higher_is_better : None where neither is (1 is best)
+    protocols : under which it is measured
+    """
+
+    label: str
+    digits: int
+    higher_is_better: bool | None
+    protocols: tuple[str, ...] = ("brain",)
+
+
+METRICS = {
+    "ssim": Metric("SSIM", 3, True, PROTOCOLS),
+    "psnr_db": Metric("PSNR (dB)", 2, True, PROTOCOLS),
+    "mae": Metric("MAE", 4, False, ("brain", "slice", "box")),
+    "ms_ssim": Metric("MS-SSIM", 3, True),
+    "ncc": Metric("NCC", 3, True),
+    "gradient_similarity": Metric("gradient similarity", 3, True),
+    "intensity_distance": Metric("intensity distance", 4, False),
+    "cycle_error": Metric("cycle error", 4, False),
+    "slice_consistency": Metric("slice consistency", 3, None, ("volume",)),
+}
+Record = dict[str, Any]  # one slice or session under one protocol: ids, then metrics
+Translate = Callable[[Tensor], Tensor]  # slices (N, 1, H, W) in [-1, 1] to translations alike
+
+
+@dataclass(frozen=True)
+class Method:
+    """Something that translates.
+
+    Attributes
+    ----------
+    kind : one of `METHODS`
+    translate : by direction
+    ckpt : its checkpoint, "" where there is none
+    """
+
+    kind: str
+    translate: Mapping[str, Translate]
+    ckpt: str = ""
+
+
+def metrics_of(protocol: str) -> list[str]:
+    """The metrics that are measured under a protocol."""
+    return [name for name, metric in METRICS.items() if protocol in metric.protocols]
+
+
+def person(session_id: str) -> str:
+    """The subject that a session of the store belongs to: its id without `_ses-`."""
+    return session_id.split("_ses-")[0]
+
+
+def copy_input() -> Method:
+    """The floor: the input taken for the translation."""
+    return Method(FLOOR, dict.fromkeys(DIRECTIONS, lambda real: real))
+
+
+def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterable[Method],
+                    device: torch.device, batch_size: int = 16) -> list[Record]:
+    """Measure every slice of a session and their volume, both ways, for each method.
+
+    Parameters
+    ----------
+    store, session : one row of its `subjects.tsv`
+    methods : what translates
+    device : where the figures are computed
+
+    Returns
+    -------
+    records : a slice has its row of the store as `row`, a volume None; inside the brain also the
+        distance `from_input`
+    """
+    parts = list(paired_slices(store, session, batch_size))
+    real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
+    reals = dict(zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))))
+    records: list[Record] = []
+    for direction, (source, target) in reals.items():
+        for method in methods:
+            fake = in_batches(method.translate[direction], source, batch_size)
+            cycled = (in_batches(method.translate[BACK[direction]], fake, batch_size)
+                      if method.kind == MODEL else None)
+            ids = {"direction": direction, "id": session["id"], "method": method.kind,
+                   "ckpt": method.ckpt}
+            for first in range(0, len(source), batch_size):
+                part = slice(first, first + batch_size)
+                figures = measure_slices(
+                    source[part].to(device), target[part].to(device), fake[part].to(device),
+                    mask[part].to(device), None if cycled is None else cycled[part].to(device))
+                for protocol, values in figures.items():
+                    for i in range(len(source[part])):
+                        records.append({**ids, "protocol": protocol,
+                                        "row": session["first_row"] + first + i,
+                                        **{name: float(v[i]) for name, v in values.items()}})
+            records.append({**ids, "protocol": "volume", "row": None,
+                            **measure_volume(fake, target, mask, device)})
+    for record in records:
+        record["psnr_db"] = min(record["psnr_db"], PSNR_CAP_DB)
+    return records
+
+
+def in_batches(translate: Translate, slices: Tensor, batch_size: int) -> Tensor:
+    """Translate any number of slices (N, 1, H, W); float32 on the CPU."""
+    return torch.cat([translate(slices[first:first + batch_size]).float().cpu()
+                      for first in range(0, len(slices), batch_size)])
+
+
+def measure_slices(source: Tensor, target: Tensor, fake: Tensor, mask: Tensor,
+                   cycled: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
+    """All figures of slices, protocol to metric to (N,); images (N, 1, H, W) in [-1, 1]."""
+    given, real, image = ((v + 1) / 2 for v in (source, target, fake))
+    figures = quality.measure(image, real, mask)
+    figures["brain"] |= {
+        "ms_ssim": quality.multiscale_ssim(image, real, mask),
+        "ncc": quality.correlation(image, real, mask),
+        "gradient_similarity": quality.gradient_similarity(image, real, mask),
+        "intensity_distance": quality.intensity_distance(image, real, mask),
+        "from_input": quality.mae(image, given, mask),
+    }
+    if cycled is not None:
+        figures["brain"]["cycle_error"] = quality.mae((cycled + 1) / 2, given, mask)
+    return figures
+
+
+def measure_volume(fake: Tensor, target: Tensor, mask: Tensor,
+                   device: torch.device) -> dict[str, float]:
+    """The figures of a session's slices (N, 1, H, W) in [-1, 1] as one volume, inside its mask.
+
+    Stacked as they were cut: background that the store left out cannot count. NaN where a volume
+    has too few slices for a figure.
+    """
+    image, real, inside = (v.transpose(0, 1)[None].to(device) for v in
+                           ((fake + 1) / 2, (target + 1) / 2, mask))
+    figures = {"psnr_db": float(volume_quality.volume_psnr_db(image, real, inside)),
+               "ssim": math.nan, "slice_consistency": math.nan}
+    if image.shape[2] >= quality.WINDOW:
+        figures["ssim"] = float(volume_quality.volume_ssim(image, real, inside))
+    if bool((inside[:, :, 1:] & inside[:, :, :-1]).any()):
+        ratio = float(volume_quality.slice_consistency(image, real, inside))
+        figures["slice_consistency"] = ratio if math.isfinite(ratio) else math.nan
+    return figures
+
+
+# -------------------------------------------------------------------------------- put together
+
+
+def over_slices(records: Iterable[Record]) -> list[Record]:
+    """Mean over each subject's slices, of all its sessions, by direction, method and protocol.
+
+    Volumes are averaged over its sessions.
+    """
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    for r in records:
+        groups[r["direction"], person(r["id"]), r["method"], r["ckpt"], r["protocol"]].append(r)
+    return [{"direction": d, "id": i, "method": m, "ckpt": c, "protocol": p,
+             "n_slices": len(group),
+             **{name: float(np.mean([r[name] for r in group])) for name in metrics_of(p)
+                if name in group[0]}}
+            for (d, i, m, c, p), group in groups.items()]
+
+
+def select(records: Iterable[Record], **wanted: str) -> Iterator[Record]:
+    """The records with these ids."""
+    return (r for r in records if all(r[key] == value for key, value in wanted.items()))
+
+
+def figures_of(per_subject: Iterable[Record], **wanted: str) -> dict[str, list[float]]:
+    """Metric to one value a subject, of the subjects' records with these ids; no NaN."""
+    chosen = list(select(per_subject, **wanted))
+    names = [name for name in METRICS if all(name in r for r in chosen)] if chosen else []
+    found = {name: [r[name] for r in chosen if not math.isnan(r[name])] for name in names}
+    return {name: values for name, values in found.items() if values}
