@@ -27,8 +27,8 @@ from tqdm import tqdm
 from data import bids
 from data.openneuro import API_URL, Archive, Plan, SubjectFiles, place, size_text
 from data.store import write_atomically
-from data.transfer import (Damaged, File, Part, Refused, Stopped, Transfer, inspect,
-                           lock, part_paths, read_note, read_object)
+from data.transfer import (Damaged, File, Helper, Part, Refused, Stopped, Transfer,
+                           inspect, lock, part_paths, read_note, read_object)
 
 MANIFEST = "manifest.json"
 SYNC_EVERY_S = 0.5
@@ -237,7 +237,7 @@ class Download:
         self._fatal: BaseException | None = None
         self._lock = threading.Lock()
         # A thread more than connections: while a file waits for the disk, another one comes.
-        self._connections = threading.Semaphore(max(connections, 1))
+        self._connections, self._helper = threading.Semaphore(max(connections, 1)), Helper()
         self._threads = [threading.Thread(target=self._work, daemon=True)
                          for _ in range(max(connections, 1) + 1)]
         wanted = [*plan.common, *(file for s in self._todo for file in s.files)]
@@ -264,6 +264,7 @@ class Download:
         for thread in self._threads:
             if thread.is_alive():  # one that waits for a silent server ends with the process
                 thread.join(timeout=max(until - time.monotonic(), 0))
+        self._helper.close()
         self._bar.close()
         with contextlib.suppress(OSError):  # a full disk, which is said already; notes remain
             self._manifest.flush()
@@ -505,7 +506,7 @@ class Download:
             return entry
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-        part = Part(path, self._line.stop)
+        part = Part(path, self._line.stop, self._helper)
         try:
             self._manifest.refresh()
             if entry := self._is_whole(file) or self._adopt(file, path):  # by another process

@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -35,6 +36,7 @@ except ImportError:  # not made for this processor
     from zlib import error as InflateError  # type: ignore[assignment]
 
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
+_BEHIND = 64  # blocks (64 kB each) that may wait for their decompression
 _GZIP = 31  # the window's bits, as in zlib: a gzip header, and the CRC checked
 _TEXT = 1 << 20  # longer texts are not parsed
 _PROGRESS = 1 << 16  # bytes that make a failed try worth another one
@@ -220,6 +222,31 @@ def bare(url: str) -> str:
 # ---------------------------------------------------------------------------------- what is whole
 
 
+class Helper:
+    """A thread for what would keep a connection waiting; it takes nothing while it works.
+
+    One large file then has a second processor for its decompression; where several files come at a
+    time, theirs are threads enough.
+    """
+
+    def __init__(self) -> None:
+        self._free, self._pool = threading.Lock(), ThreadPoolExecutor(1)
+
+    def take(self, work: Callable[[list[bytes]], None], blocks: list[bytes]) -> Future[None] | None:
+        """Begin the work, or return None."""
+        return self._pool.submit(self._do, work, blocks) if self._free.acquire(False) else None
+
+    def close(self) -> None:
+        """Let the thread end after the work that it has."""
+        self._pool.shutdown(wait=False)
+
+    def _do(self, work: Callable[[list[bytes]], None], blocks: list[bytes]) -> None:
+        try:
+            work(blocks)
+        finally:
+            self._free.release()
+
+
 class Checker:
     """Judge a file by its bytes as they come: is it what its name says?
 
@@ -227,13 +254,20 @@ class Checker:
     is whole if all of it decompresses, its gzip CRC fits, its header loads and as many voxels
     follow as that says; JSON must be JSON; nothing may be a web page or the API's `{"error": ...}`.
 
+    Parameters
+    ----------
+    name : what the file is, or will be, called
+    helper : decompresses while more bytes come, if it has the time
+
     Raises
     ------
     Damaged : from `feed` as soon as it shows, else from `finish`
     """
 
-    def __init__(self, name: str):
-        self.name, self.size = name, 0
+    def __init__(self, name: str, helper: Helper | None = None):
+        self.name, self.size, self._helper = name, 0, helper
+        self._waiting: list[bytes] = []  # to be decompressed
+        self._work: Future[None] | None = None  # the helper's, with the bytes before
         self._md5, self._sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
         self._unpacker = inflate.decompressobj(_GZIP) if name.endswith(".gz") else None
         self._is_nifti = name.endswith((".nii", ".nii.gz"))
@@ -245,16 +279,15 @@ class Checker:
         self._md5.update(block)
         self._sha256.update(block)
         self._start += block[:max((64 if self._is_nifti else _TEXT) - len(self._start), 0)]
-        try:
-            for plain in self._unpack(block):
-                self._length += len(plain)
-                self._head += plain[:540 - len(self._head)]
-        except InflateError as error:  # type: ignore[misc]  # isal's stub has it as an instance
-            self._refuse_page()
-            raise Damaged(f"damaged ({error})") from None
+        self._waiting.append(block)
+        behind = self._work and not self._work.done()
+        if not behind or len(self._waiting) >= _BEHIND:
+            # A file that comes in one piece is not worth a second thread.
+            self._decompress(self._helper if self._unpacker and self.size > len(block) else None)
 
     def finish(self) -> dict[str, Any]:
         """Judge the whole; returns {"size": bytes, "md5": hex, "sha256": hex}."""
+        self._decompress(None)
         self._refuse_page()
         if self._is_nifti:
             self._check_nifti()
@@ -262,6 +295,25 @@ class Checker:
             self._check_text()
         return {"size": self.size, "md5": self._md5.hexdigest(),
                 "sha256": self._sha256.hexdigest()}
+
+    def _decompress(self, helper: Helper | None) -> None:
+        """What waits, after what the helper has; in this thread if it takes no more."""
+        if self._work:
+            self._work.result()
+        blocks, self._waiting = self._waiting, []
+        self._work = helper.take(self._measure, blocks) if helper else None
+        if not self._work:
+            self._measure(blocks)
+
+    def _measure(self, blocks: list[bytes]) -> None:
+        """Note length and head of what is packed in the next bytes."""
+        try:
+            for plain in (plain for block in blocks for plain in self._unpack(block)):
+                self._length += len(plain)
+                self._head += plain[:540 - len(self._head)]
+        except InflateError as error:  # type: ignore[misc]  # isal's stub has it as an instance
+            self._refuse_page()
+            raise Damaged(f"damaged ({error})") from None
 
     def _unpack(self, block: bytes) -> Iterator[bytes]:
         """What a block decompresses to, in pieces that fit into memory."""
@@ -333,19 +385,20 @@ class Part:
     checker : has seen all bytes that this run wrote
     """
 
-    def __init__(self, path: Path, stop: threading.Event):
+    def __init__(self, path: Path, stop: threading.Event, helper: Helper | None = None):
+        self._helper = helper
         self.name, (self.path, self.note) = path.name, part_paths(path)
         if self.note.is_symlink():  # writing would follow it
             self.note.unlink()
         self.handle, self.size = _open_locked(self.path, stop)
         self.origin = read_note(self.note) if self.size else {}
-        self.checker = Checker(self.name)
+        self.checker = Checker(self.name, self._helper)
 
     def restart(self, origin: dict[str, Any]) -> None:
         """Forget the bytes, then say what those to come are of; in this order."""
         if self.size:
             os.ftruncate(self.handle, 0)
-        self.size, self.origin, self.checker = 0, origin, Checker(self.name)
+        self.size, self.origin, self.checker = 0, origin, Checker(self.name, self._helper)
         if origin:  # a note that a kill tears apart costs nothing, there are no bytes yet
             with open(self.note, "wb", buffering=0) as out:
                 out.write(json.dumps(origin).encode())

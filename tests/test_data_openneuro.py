@@ -774,6 +774,20 @@ def verdict(packed):
     return ""
 
 
+def test_a_helper_judges_as_one_thread_does(tmp_path):
+    write_scan(tmp_path / "a.nii.gz", 1, side=128)
+    packed = (tmp_path / "a.nii.gz").read_bytes()
+    damaged = packed[:-90_000] + bytes(8) + packed[-89_992:]
+    helper = transfer.Helper()
+    for content in (packed, damaged, packed[:-1]):
+        checker = transfer.Checker("a.nii.gz", helper)
+        with contextlib.nullcontext() if content == packed else pytest.raises(Damaged):
+            for start in range(0, len(content), 1 << 16):
+                checker.feed(content[start:start + (1 << 16)])
+            assert checker.finish() == inspect(tmp_path / "a.nii.gz", "a.nii.gz")
+    helper.close()
+
+
 # -------------------------------------------------------------------------------------- resuming
 
 
