@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,10 +82,17 @@ def recipe(subject: Subject, method: str, settings: Settings, *,
 
 def prepare(subject: Subject, method: str, settings: Settings,
             extractor: Callable[[Volume], np.ndarray] | None) -> Part:
-    """Turn a subject's files into slices.
+    """Turn a subject's files into slices: `prepare_with` without maps."""
+    return prepare_with((), subject, method, settings, extractor)[0]
+
+
+def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: Settings,
+                 extractor: Callable[[Volume], np.ndarray] | None) -> tuple[Part, np.ndarray]:
+    """Turn a subject's files into slices, and cut further maps of the T1w's head alike.
 
     Parameters
     ----------
+    maps : volumes in the T1w's space (tissue shares, say), on any grid
     subject : where the files are
     method : brain extraction, one of `brain.METHODS`, or "hd-bet+tta"
     settings : see there
@@ -93,7 +100,8 @@ def prepare(subject: Subject, method: str, settings: Settings,
 
     Returns
     -------
-    Part : row-aligned slices and the subject's row of the table
+    part : row-aligned slices and the subject's row of the table
+    cut : (n, len(maps), size, size) float32, the maps in the same places, 0 where they are not
 
     Raises
     ------
@@ -113,7 +121,7 @@ def prepare(subject: Subject, method: str, settings: Settings,
     t2w = read_volume(subject.t2w)
     placed = (register_rigid(fixed, t2w, seed=settings.seed) if fixed
               else Registration(np.eye(4), "same-grid"))
-    figures, (x, y, frame) = _cut(laid, t2w, placed, settings)
+    figures, (x, y, frame), framing = _cut(laid, t2w, placed, settings)
     row = {
         "id": subject.id, "dataset": subject.dataset, "subject": subject.subject,
         "session": subject.session, "n_slices": str(len(x)), "brain_ml": f"{brain_ml:.1f}",
@@ -125,7 +133,24 @@ def prepare(subject: Subject, method: str, settings: Settings,
         "mi_after": _number(placed.mi_after), "note": placed.note, "recipe": key,
         "rows_sha256": digest_rows(x, y, np.packbits(frame, axis=-1)), **figures,
     }
-    return Part(x, y, frame, row)
+    cut = np.zeros((len(x), len(maps), settings.size, settings.size), np.float32)
+    for i, path in enumerate(maps):
+        cut[:, i] = framing.of(read_volume(path), laid.grid)
+    return Part(x, y, frame, row), cut
+
+
+@dataclass(frozen=True)
+class _Framing:
+    """Which part of the slicing grid the slices are."""
+
+    centre: tuple[int, int]
+    size: int
+    keep: slice
+
+    def of(self, volume: Volume, grid: Grid) -> np.ndarray:
+        """(n, size, size): a volume of the same head, cut alike; 0 where it does not reach."""
+        on_grid = resample(volume.data, volume.affine, grid)
+        return to_slices(crop_or_pad(on_grid, self.centre, self.size, fill=0))[self.keep]
 
 
 @dataclass(frozen=True)
@@ -145,7 +170,7 @@ def _lay(t1w: Volume, mask: np.ndarray, settings: Settings) -> _Laid:
 
 
 def _cut(t1w: _Laid, t2w: Volume, placed: Registration, settings: Settings,
-         ) -> tuple[dict[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+         ) -> tuple[dict[str, str], tuple[np.ndarray, np.ndarray, np.ndarray], _Framing]:
     """Both volumes on T1w's slicing grid, scaled, framed and cut; figures for the table beside."""
     grid, x_data, brain_mask = t1w.grid, t1w.data, t1w.mask
     y_data = resample(t2w.data, t2w.affine, grid, matrix=placed.matrix)
@@ -172,7 +197,8 @@ def _cut(t1w: _Laid, t2w: Volume, placed: Registration, settings: Settings,
         "t1w_low": f"{x_place.scale.low:.6g}", "t1w_high": f"{x_place.scale.high:.6g}",
         "t2w_low": f"{y_place.scale.low:.6g}", "t2w_high": f"{y_place.scale.high:.6g}",
     }
-    return figures, (x[keep].astype(np.float16), y[keep].astype(np.float16), frame[keep])
+    stacks = x[keep].astype(np.float16), y[keep].astype(np.float16), frame[keep]
+    return figures, stacks, _Framing(x_place.centre, settings.size, keep)
 
 
 def slices_kept(mask: np.ndarray, min_brain_area: float) -> slice:

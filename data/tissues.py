@@ -1,0 +1,86 @@
+"""Tissue shares of stored slices, where a BIDS tree has maps of them: `label-GM_probseg` and so on.
+
+Simulated subjects come with theirs; for scanned ones a segmentation pipeline's derivatives do. The
+store does not hold them: they are cut anew, and only taken if T1w and T2w come out as stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import brain
+from data.bids import Subject, find_subjects, parse_name
+from data.store import SliceStore
+from data.subject import Settings, prepare_with, sha256
+
+LABELS = ("GM", "WM", "CSF")
+ANY_ML = (1.0, 1e5)  # the store's masks have been judged
+
+
+def find_tissues(roots: Iterable[Path],
+                 rows: Iterable[dict[str, Any]]) -> dict[str, tuple[Subject, list[Path]]]:
+    """Session id to its files and its three maps, of those stored sessions that have them.
+
+    Parameters
+    ----------
+    roots : BIDS trees that the store was made of
+    rows : of the store's `subjects.tsv`
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : no such tree, or nothing in it
+    """
+    scanned = [subject for root in roots for subject in find_subjects(root)[0]]
+    found = {}
+    for row in rows:
+        for subject in scanned:
+            if (subject.subject, subject.session) != (row["subject"], row["session"]):
+                continue
+            maps = [path for path in (_map_of(subject, label) for label in LABELS) if path]
+            # another dataset may have a subject of the same name
+            if len(maps) == len(LABELS) and sha256(subject.t1w) == row["t1w_sha256"]:
+                found[row["id"]] = (subject, maps)
+    return found
+
+
+def _map_of(subject: Subject, label: str) -> Path | None:
+    where = f"sub-{subject.subject}" + (f"/ses-{subject.session}" if subject.session else "")
+    for folder in (subject.t1w.parent, *sorted(subject.root.glob(f"derivatives/*/{where}/anat"))):
+        for path in sorted(folder.glob(f"*_label-{label}_probseg.nii*")):
+            scan = parse_name(path)
+            if scan and scan.get("space") in (None, "T1w", "orig"):
+                return path
+    return None
+
+
+def tissue_slices(store: SliceStore, row: dict[str, Any], subject: Subject,
+                  maps: list[Path]) -> np.ndarray:
+    """Shares of grey matter, white matter and CSF in a session's slices.
+
+    Parameters
+    ----------
+    store, row : the session's row of its `subjects.tsv`
+    subject, maps : from `find_tissues`
+
+    Returns
+    -------
+    shares : (n, 3, H, W) float32 in [0, 1], as `LABELS`
+
+    Raises
+    ------
+    ValueError : the files do not give the slices that are stored
+    """
+    header = store.header
+    settings = Settings(header["size"], header["spacing_mm"], header["min_brain_area"], ANY_ML,
+                        header["seed"])
+    method = row["brain_extraction"]
+    extractor = None if method == "mask" else brain.make_extractor(method)
+    part, cut = prepare_with(maps, subject, method, settings, extractor)
+    if part.row["rows_sha256"] != row["rows_sha256"]:
+        raise ValueError(f"{subject.t1w}: does not give the slices stored as {row['id']}; point to "
+                         "the scans that the store was made of")
+    return np.clip(cut, 0, 1)
