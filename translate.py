@@ -140,7 +140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--cycle-error", action="store_true",
                    help="also translate back and write the distance to the input, in [0, 1]")
     g = p.add_argument_group("run")
-    g.add_argument("--batch-size", type=int, default=8, help="slices translated at once")
+    g.add_argument("--batch-size", type=int, default=4, help="slices translated at once")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:K")
     g.add_argument("--precision", choices=PRECISIONS, default="auto", help="arithmetic of the nets")
     args = p.parse_args(argv)

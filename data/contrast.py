@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from data.store import SliceStore
 
@@ -65,7 +65,13 @@ def measure(slices: np.ndarray, mask: np.ndarray, spacing_mm: tuple[float, float
     depth = ndimage.distance_transform_edt(mask, sampling=(between, pixel, pixel))[mask]
     rim, deep = depth < max(RIM_MM, 1.01 * pixel), (depth > DEEP_MM[0]) & (depth < DEEP_MM[1])
     gap = np.median(values[rim]) - np.median(values[deep]) if deep.any() and rim.any() else np.nan
-    return Figures(_percentiles(values), float(stats.skew(values)), float(gap))
+    return Figures(_percentiles(values), _skewness(values), float(gap))
+
+
+def _skewness(values: np.ndarray) -> float:
+    """As `scipy.stats.skew`, whose import takes half a second."""
+    away = values - values.mean(dtype=np.float64)
+    return float((away ** 3).mean() / max((away ** 2).mean(), 1e-12) ** 1.5)
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, ...]:

@@ -14,14 +14,17 @@ CONFIG = {"features": 4, "blocks": 1, "upsample": "transpose"}
 ON_CPU = ["--device", "cpu", "--precision", "fp32"]
 
 
-def write_checkpoint(path, *, size=48, spacing_mm=4.0, extraction=("none",), training=None):
-    nets = CycleGAN(**CONFIG)
+def write_checkpoint(path, *, size=48, spacing_mm=4.0, extraction=("none",), training=None,
+                     config=None):
+    """A checkpoint of random nets; `training` is what `data.contrast.training_figures` gives."""
+    config = {**CONFIG, **(config or {})}
+    nets = CycleGAN(**config)
     init_weights(nets, torch.Generator().manual_seed(0))
     record = {"size": size, "spacing_mm": spacing_mm, "brain_extraction": list(extraction),
               "intensity": {"rule": "painted", "upper_percentile": 99.5}, "subjects": {}}
     if training:
         record["training"] = training
-    checkpoint.save(path, {"config": CONFIG, "preprocessing": record, "step": 1, "epoch": 1,
+    checkpoint.save(path, {"config": config, "preprocessing": record, "step": 1, "epoch": 1,
                            "slices_seen": 1, "ema": EMA(nets).state_dict(), "best": {}})
     return path
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import lay_affine, paint
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from data import brain, contrast
 from data.store import SliceStore
@@ -50,6 +50,7 @@ def test_figures_are_those_of_the_brain_alone():
     np.testing.assert_allclose(found.percentiles,
                                np.percentile((slices[mask] + 1) / 2, contrast.PERCENTILES),
                                atol=1e-3)
+    assert found.skewness == pytest.approx(stats.skew(slices[mask]), abs=1e-3)
     outside = np.where(mask, slices, 0.7)
     assert contrast.measure(outside, mask, spacing) == found
 

@@ -220,6 +220,20 @@ def test_half_precision_gives_what_autocast_gives(ckpt):
     slices = np.random.default_rng(0).random((5, 48, 48)).astype(np.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = plain.generators["t1w-to-t2w"](torch.from_numpy(slices)[:, None])
-    assert np.array_equal(made._net("t1w-to-t2w")(slices), wanted[:, 0].float().numpy())
-    full = plain._net("t1w-to-t2w")(slices)
+    assert np.array_equal(made.net("t1w-to-t2w")(slices), wanted[:, 0].float().numpy())
+    full = plain.net("t1w-to-t2w")(slices)
     assert 0 < np.abs(full - wanted[:, 0].float().numpy()).mean() < 0.02
+
+
+def test_cores_that_work_side_by_side_give_what_one_gives(ckpt):
+    made = Translator(ckpt, device="cpu", precision="bf16")
+    slices = np.random.default_rng(0).random((11, 48, 48)).astype(np.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = made.net("t1w-to-t2w")(slices)
+        torch.set_num_threads(3)
+        assert np.array_equal(made.net("t1w-to-t2w")(slices), alone)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
