@@ -28,7 +28,7 @@ SAVE_MINUTES = 5.0
 
 
 def train_ceiling(path: Path, state: dict[str, Any], store: SliceStore, device: torch.device,
-                  precision: torch.dtype) -> dict[str, Any]:
+                  precision: torch.dtype, *, alone: bool = True) -> dict[str, Any]:
     """Train the paired nets, or go on, or take them as they are if they are done.
 
     Parameters
@@ -37,6 +37,7 @@ def train_ceiling(path: Path, state: dict[str, Any], store: SliceStore, device: 
     state : the checkpoint that they are a ceiling for: size of the nets, options, pairs seen
     store : its training split is learnt from, in pairs
     device, precision : as in training
+    alone : whether this process may train; several would write over each other's file
 
     Returns
     -------
@@ -44,7 +45,8 @@ def train_ceiling(path: Path, state: dict[str, Any], store: SliceStore, device: 
 
     Raises
     ------
-    ValueError : `path` holds something else, or the store has too few training slices
+    ValueError : `path` holds something else, the store has too few training slices, or there is
+        something left to train and this process is not alone
     """
     paired = Paired(state, store, device, precision)
     if path.exists():
@@ -53,6 +55,16 @@ def train_ceiling(path: Path, state: dict[str, Any], store: SliceStore, device: 
             raise ValueError(f"{path}: is not the ceiling of this checkpoint and store; delete it, "
                              "or choose another --out")
         paired.load(found)
+    if paired.step < paired.steps or not path.exists():
+        if not alone:
+            raise ValueError(f"{path}: is not there or not finished, and is trained by one "
+                             "process; run this once without torchrun")
+        _train(path, paired)
+    return checkpoint.load(path)
+
+
+def _train(path: Path, paired: Paired) -> None:
+    """Take the steps that are left; keep what is learnt when stopped, too."""
     saved_at = time.monotonic()
     bar = tqdm(total=paired.steps, initial=paired.step, unit="step", desc="ceiling", disable=None)
     try:
@@ -62,10 +74,10 @@ def train_ceiling(path: Path, state: dict[str, Any], store: SliceStore, device: 
             if time.monotonic() - saved_at > 60 * SAVE_MINUTES:
                 checkpoint.save(path, paired.state(), keep_previous=False)
                 saved_at = time.monotonic()
-    finally:  # stopped, too
+    finally:
         bar.close()
-        checkpoint.save(path, paired.state(), keep_previous=False)
-    return checkpoint.load(path)
+        if paired.whole:  # else half a step would be taken twice; the file of before is good
+            checkpoint.save(path, paired.state(), keep_previous=False)
 
 
 class Paired:
@@ -75,6 +87,7 @@ class Paired:
     ----------
     step, steps : done, and wanted
     about : what it is the ceiling of, in plain types
+    whole : no step is half taken: weights, averages and `step` belong together
     """
 
     def __init__(self, state: dict[str, Any], store: SliceStore, device: torch.device,
@@ -95,6 +108,7 @@ class Paired:
         self._ema = EMA({name: self._nets[name] for name in "GF"}, c["ema"])
         self._adam = torch.optim.Adam(self._nets.parameters(), c["lr"], tuple(c["betas"]))
         self._flips = torch.Generator()
+        self.whole = True
         self.step, self.steps = 0, -(-state["slices_seen"] // self._batch)
         self.about = {"slices_seen": self.steps * self._batch, "ckpt_step": state["step"],
                       "subjects": sorted(s["rows_sha256"] for s in store.subjects
@@ -114,9 +128,11 @@ class Paired:
             fake_y, fake_x = self._nets["G"](real_x), self._nets["F"](real_y)
         loss = cycle_loss(real_y, fake_y) + cycle_loss(real_x, fake_x)  # both are mean L1
         loss.backward()
+        self.whole = False
         self._adam.step()
         self._ema.update(self.step)
         self.step += 1
+        self.whole = True
         return loss.detach()
 
     def _share_of_rate(self) -> float:

@@ -28,13 +28,13 @@ def spread(values: Sequence[float], seed: int) -> dict[str, Any]:
     return {"mean": mean, "sd": sd, "ci95": [float(low), float(high)]}
 
 
-def compare(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]],
+def compare(first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]],
             seed: int) -> dict[str, dict[str, Any]]:
     """Paired differences, second minus first, metric by metric.
 
     Parameters
     ----------
-    first, second : metric to one value a subject, the same subjects in the same order
+    first, second : metric to subject to value; only metrics and subjects in both are compared
     seed : of the bootstrap
 
     Returns
@@ -45,8 +45,10 @@ def compare(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[
     """
     found = {}
     for name in first:
-        difference = np.asarray(second[name], float) - np.asarray(first[name], float)
-        found[name] = {**spread(difference.tolist(), seed), "p": signed_rank(difference)}
+        people = [person for person in first[name] if person in second.get(name, {})]
+        if people:
+            difference = np.array([second[name][p] - first[name][p] for p in people])
+            found[name] = {**spread(difference.tolist(), seed), "p": signed_rank(difference)}
     corrected = holm([entry["p"] for entry in found.values()])
     for entry, p in zip(found.values(), corrected):
         entry["p_holm"] = p

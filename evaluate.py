@@ -15,13 +15,11 @@ mask). Beside them what copying the input reaches (the floor), and a look-up tab
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,29 +32,25 @@ from tqdm import tqdm
 
 import console
 from ceiling import train_ceiling
-from comparison import compare, spread
-from data import brain
+from data import bids, brain
 from data.slices import paired_slices, paired_subjects
-from data.store import SPLITS, SliceStore, write_atomically
+from data.store import SPLITS, SliceStore, read_skipped, write_atomically
 from device import PRECISIONS, Process, autocast, choose_precision, first_speaks, start_process
-from losses.distribution import frechet_distance, kernel_distance
 from measuring import (CEILING, DIRECTIONS, METHODS, METRICS, MODEL, PROTOCOLS, TABLE, Method,
-                       Record, Translate, copy_input, figures_of, in_batches, measure_session,
-                       over_slices, person, select)
+                       Record, Translate, copy_input, in_batches, measure_session, over_slices,
+                       person, select)
 from models import checkpoint
 from models.baseline import LookUpTable
 from models.features import load_features
 from report import figures
-from report.evaluation import (direction_text, evaluation_page, spread_text,
-                               training_curves)
+from report.evaluation import evaluation_page, training_curves, whose
 from report.viewer import Stack
+from summary import (best_median_worst, caption_of, comparison_csv, comparison_rows, comparisons,
+                     contrast_checks, distribution, records_csv, summarise, table)
 
 log = logging.getLogger("evaluate")
-# A translation this much nearer to its input than the real target is has copied it.
-COPY_RATIO = 0.5
 BINS = 64  # of the histograms
 VIEWED = 6  # sessions in the report's viewer: 1 to 2 MB each
-NOT_MEASURED = "not measured: no weights"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -127,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare_store(args: argparse.Namespace, state: dict[str, Any], process: Process) -> SliceStore:
-    """Slices of new scans, made as the checkpoint's: by preprocess.py, all for the test split.
+    """Slices of new scans, made by preprocess.py as the checkpoint's were.
 
     Raises
     ------
@@ -167,7 +161,10 @@ def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
         subjects that a checkpoint was trained on
     """
     split = "test" if args.bids else args.split
-    sessions = (list(store.subjects) if args.bids else paired_subjects(store, split))
+    sessions = paired_subjects(store, split)
+    if args.bids:  # slices/ may hold those of an earlier --bids, too
+        trees = {bids.dataset_name(root) for root in args.bids}
+        sessions = [s for s in store.subjects if s["dataset"] in trees]
     for path, state in zip(args.ckpt, states):
         trained = state["preprocessing"]
         for name in ("size", "spacing_mm", "intensity"):
@@ -217,6 +214,9 @@ class Evaluation:
         self.args, self.states, self.store, self.process = args, states, store, process
         self.precision = choose_precision(args.precision, process.device)
         self.notes: list[str] = []
+        if args.bids and (left_out := read_skipped(store.folder)):
+            self.notes.append(f"{len(left_out)} sessions left out by preprocess.py, see "
+                              f"{store.folder / 'skipped.tsv'}")
         args.out.mkdir(parents=True, exist_ok=True)
         self.methods = [self._translators(MODEL, state, str(path))
                         for path, state in zip(args.ckpt, states)]
@@ -239,20 +239,17 @@ class Evaluation:
         """What is fitted on the training split: the look-up table and, if wanted, the ceiling."""
         training = self._training_store()
         if training is None:
-            self.notes.append("look-up table not measured: no training slices like these in "
-                              f"{self.args.slices}")
             if self.args.ceiling:
-                raise ValueError(f"--ceiling: needs the training slices in --slices, "
-                                 f"{self.args.slices} has none like the checkpoint's")
+                raise ValueError(f"--ceiling: needs training slices like the checkpoint's, "
+                                 f"{self.args.slices} has none; name their store with --slices")
+            self.notes.append("look-up table not measured: no training slices like the "
+                              f"checkpoint's in {self.args.slices}")
             return []
         found = [fit_look_up_table(training)]
         if self.args.ceiling:
             path = self.args.out / "ceiling.pt"
-            if self.process.world > 1 and not path.exists():
-                raise ValueError("--ceiling: is trained by one process; run this once without "
-                                 "torchrun, which leaves ceiling.pt")
             state = train_ceiling(path, self.states[0], training, self.process.device,
-                                  self.precision)
+                                  self.precision, alone=self.process.world == 1)
             found.append(self._translators(CEILING, state))
         return found
 
@@ -281,10 +278,10 @@ class Evaluation:
 
     def _measure(self, session: dict[str, Any]) -> Measured:
         device, batch_size = self.process.device, self.args.batch_size
-        records = measure_session(self.store, session, self.methods, device, batch_size)
+        records, translated = measure_session(self.store, session, self.methods, device,
+                                              batch_size)
         counts, features = {}, {}
-        for direction, pair in self.translated(session).items():
-            _, real, fake, mask = pair
+        for direction, (_, real, fake, mask) in self.beside(session, translated).items():
             counts[direction] = np.stack([np.histogram(v[mask].numpy(), BINS, (0, 1))[0]
                                           for v in (real, fake)])
             if self.features:
@@ -293,13 +290,15 @@ class Evaluation:
                                for i in range(0, len(v), batch_size)]) for v in (real, fake)])
         return Measured(records, counts, features)
 
-    def translated(self, session: dict[str, Any]) -> dict[str, tuple[Tensor, ...]]:
+    def beside(self, session: dict[str, Any],
+               translated: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, ...]]:
         """Direction to source, target, the first checkpoint's translation ([0, 1]), and mask."""
         parts = list(paired_slices(self.store, session, self.args.batch_size))
         real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
         found = {}
         for direction, (source, target) in zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))):
-            fake = in_batches(self.methods[0].translate[direction], source, self.args.batch_size)
+            fake = (translated[direction] if translated else
+                    in_batches(self.methods[0].translate[direction], source, self.args.batch_size))
             found[direction] = (*((v + 1) / 2 for v in (source, target, fake)), mask)
         return found
 
@@ -313,83 +312,6 @@ def fit_look_up_table(store: SliceStore) -> Method:
                                                                 (real_y, real_x))):
                 tables[direction].update(source, target, mask)
     return Method(TABLE, tables)
-
-
-# ---------------------------------------------------------------------------- putting together
-
-
-def summarise(per_subject: list[Record], ckpt: str, seed: int) -> dict[str, Any]:
-    """DESIGN's `summary.json`: direction, protocol (and references' protocols), metric."""
-    summary: dict[str, Any] = {}
-    for direction in DIRECTIONS:
-        parts: dict[str, dict] = {}
-        for method in METHODS:
-            parts[method] = {}
-            for protocol in PROTOCOLS:
-                values = figures_of(per_subject, direction=direction, method=method,
-                                    protocol=protocol, ckpt=ckpt if method == MODEL else "")
-                if values:
-                    parts[method][protocol] = {name: spread(v, seed) for name, v in values.items()}
-        summary[direction] = {**parts.pop(MODEL), **{m: p for m, p in parts.items() if p}}
-    return summary
-
-
-def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
-    """Has the model copied its input, or inverted the contrast? Means over slices, and the verdict.
-
-    `correlation` is with the real target inside the brain, below 0 for an inverted contrast;
-    `copy_ratio` is the distance from translation to input as a share of the distance from real
-    target to input, near 0 for a copy.
-    """
-    checks = {}
-    for direction in DIRECTIONS:
-        brain_only = list(select(records, direction=direction, protocol="brain"))
-
-        def mean(method: str, name: str, of: str = "") -> float:
-            return float(np.mean([r[name] for r in select(brain_only, method=method, ckpt=of)]))
-
-        ratio = mean(MODEL, "from_input", ckpt) / max(mean("floor", "mae"), 1e-9)
-        agreement = mean(MODEL, "ncc", ckpt)
-        warnings = []
-        if ratio < COPY_RATIO:
-            warnings.append(f"{direction}: the translation is nearly a copy of its input (distance "
-                            f"to it {ratio:.0%} of the real target's)")
-        if agreement < 0:
-            warnings.append(f"{direction}: contrast is inverted (correlation with the real target "
-                            f"{agreement:.2f})")
-        checks[direction] = {"correlation": agreement, "copy_ratio": ratio, "warnings": warnings}
-    return checks
-
-
-def distribution(measured: Sequence[Measured], seed: int) -> dict[str, dict[str, Any]]:
-    """Frechet and kernel distance of translated and real slices, by direction; or why not."""
-    found: dict[str, dict[str, Any]] = {}
-    for direction in DIRECTIONS:
-        names = ("Frechet distance", "kernel distance x 1000")
-        if not measured[0].features:
-            found[direction] = dict.fromkeys(names, NOT_MEASURED)
-            continue
-        real, fake = torch.cat([m.features[direction] for m in measured], dim=1)
-        if len(real) < 2:
-            found[direction] = dict.fromkeys(names, "not measured: one slice only")
-            continue
-        kernel = kernel_distance(real, fake, generator=torch.Generator().manual_seed(seed))
-        found[direction] = dict(zip(names, (float(frechet_distance(real, fake)),
-                                            1000 * float(kernel.mean))))
-    return found
-
-
-def comparisons(per_subject: list[Record], ckpts: Sequence[str],
-                seed: int) -> dict[str, dict[str, Any]]:
-    """Checkpoint to direction to metric: its differences from the first, in the brain."""
-    found: dict[str, dict[str, Any]] = {}
-    for ckpt in ckpts[1:]:
-        found[ckpt] = {}
-        for direction in DIRECTIONS:
-            first, other = (figures_of(per_subject, direction=direction, method=MODEL,
-                                       protocol="brain", ckpt=name) for name in (ckpts[0], ckpt))
-            found[ckpt][direction] = compare(first, other, seed)
-    return found
 
 
 # ------------------------------------------------------------------------------------ results
@@ -406,7 +328,7 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     warnings = [w for d in DIRECTIONS for w in checks[d]["warnings"]]
     summary = summarise(per_subject, ckpts[0], args.seed) | {
         "checks": checks, "warnings": warnings, "notes": work.notes,
-        "distribution": distribution(measured, args.seed),
+        "distribution": distribution([m.features for m in measured], args.seed),
         "n_subjects": len({person(s["id"]) for s in sessions}), "n_sessions": len(sessions),
         "n_slices": sum(s["n_slices"] for s in sessions),
         "split": "bids" if args.bids else args.split, "slices": str(work.store.folder),
@@ -426,15 +348,15 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     for name, picture in pictures.items():
         write_atomically(args.out / f"{name}.png", picture.png)
         write_atomically(args.out / f"{name}.svg", picture.svg)
-    keys = ("direction", "method", "ckpt", "protocol", "id")
-    of_slices = [r for r in records if r["row"] is not None]
-    tables = {"slices": _csv((*keys, "row", *METRICS, "from_input"), of_slices),
-              "subjects": _csv((*keys, "n_slices", *METRICS), per_subject)}
+    tables = {"slices": records_csv((r for r in records if r["row"] is not None), "row", *METRICS,
+                                    "from_input"),
+              "subjects": records_csv(per_subject, "n_slices", *METRICS)}
     rows = comparison_rows(compared)
     if rows:
-        tables["comparison"] = _plain_csv(rows)
+        tables["comparison"] = comparison_csv(compared)
     for name, content in tables.items():
         write_atomically(args.out / f"{name}.csv", content)
+    _delete_others(args.out, pictures, tables)
     text = json.dumps(summary, indent=1, allow_nan=False)
     write_atomically(args.out / "summary.json", (text + "\n").encode())
     main, others = ("ssim", "psnr_db", "mae"), ("ms_ssim", "ncc", "gradient_similarity",
@@ -451,17 +373,17 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     log.info("report: %s", args.out / "report.html")
 
 
+def _delete_others(out: Path, pictures: Collection[str], tables: Collection[str]) -> None:
+    """Delete what an earlier evaluation left there and this one has no counterpart of."""
+    for path in (*out.glob("comparison*"), *out.glob("training.*")):
+        if path.stem not in (tables if path.suffix == ".csv" else pictures):
+            path.unlink()
+
+
 def _place(record: Record) -> tuple:
     """Order of the records, whatever the batches and processes were."""
     row = record["row"]
     return (record["direction"], record["id"], row is None, row or 0)
-
-
-def best_median_worst(records: list[Record], direction: str, ckpt: str) -> dict[str, Record]:
-    """The model's slices with the highest, the middle and the lowest SSIM in the brain."""
-    found = sorted(select(records, direction=direction, protocol="brain", method=MODEL, ckpt=ckpt),
-                   key=lambda r: (r["ssim"], r["id"], r["row"]))
-    return {"best": found[-1], "median": found[len(found) // 2], "worst": found[0]}
 
 
 def draw(work: Evaluation, measured: Sequence[Measured], per_subject: list[Record],
@@ -511,12 +433,6 @@ def _example(title: str, record: Record, work: Evaluation) -> figures.Example:
     return figures.Example(title, shown, translated, real, store.mask(row)[0], caption)
 
 
-def caption_of(record: Record) -> str:
-    """The figures of a slice in the brain."""
-    return (f"SSIM {record['ssim']:.3f}   PSNR {record['psnr_db']:.1f} dB   "
-            f"MAE {record['mae']:.3f}")
-
-
 def view(work: Evaluation, sessions: Sequence[dict[str, Any]], records: list[Record],
          best: dict[str, dict[str, Record]]) -> list[Stack]:
     """Sessions for the report's viewer: those of the chosen slices, then others, a few in all."""
@@ -528,7 +444,7 @@ def view(work: Evaluation, sessions: Sequence[dict[str, Any]], records: list[Rec
         captions.setdefault((record["id"], record["direction"]), []).append(caption_of(record))
     stacks = []
     for session in (s for s in sessions if s["id"] in wanted):
-        found = work.translated(session)
+        found = work.beside(session)
         (t1w, t2w, to_t2w, mask), (_, _, to_t1w, _) = (
             [v[:, 0].numpy() for v in found[d]] for d in DIRECTIONS)
         stacks.append(Stack(session["id"], t1w, t2w, to_t2w, to_t1w, mask,
@@ -539,41 +455,14 @@ def view(work: Evaluation, sessions: Sequence[dict[str, Any]], records: list[Rec
 # ------------------------------------------------------------------------------------- tables
 
 
-def table(summary: dict[str, Any], protocols: Sequence[str], metrics: Sequence[str],
-          between: str = " ") -> list[list[str]]:
-    """The summary as lines of text, column titles first; `between` SD and interval."""
-    rows = [["direction", "protocol", "method", *(METRICS[name].label for name in metrics)]]
-    for direction in DIRECTIONS:
-        for protocol in protocols:
-            for method, label in METHODS.items():
-                part = summary[direction] if method == MODEL else summary[direction].get(method, {})
-                found = part.get(protocol, {})
-                if set(metrics) & set(found):
-                    cells = [spread_text(found[name], METRICS[name].digits, between)
-                             if name in found else "" for name in metrics]
-                    rows.append([direction_text(direction), protocol, label, *cells])
-    return rows
-
-
-def comparison_rows(compared: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The comparison as lines of text, column titles first; [] without one."""
-    rows = [["checkpoint", "direction", "metric (brain)", "difference", "p", "p (Holm)"]]
-    for ckpt, directions in compared.items():
-        for direction, metrics in directions.items():
-            for name, found in metrics.items():
-                ps = ["" if found[key] is None else f"{found[key]:.3g}" for key in ("p", "p_holm")]
-                rows.append([ckpt, direction_text(direction), METRICS[name].label,
-                             spread_text(found, METRICS[name].digits), *ps])
-    return rows if len(rows) > 1 else []
-
-
 def print_tables(summary: dict[str, Any], lines: list[list[str]],
                  differences: list[list[str]]) -> None:
     """The tables and the warnings on the terminal."""
     _print_columns(lines)
-    log.info("%d subjects, %d slices, %s split; mean ± SD [95 %% bootstrap interval] over "
+    log.info("%d subjects, %d slices, %s; mean ± SD [95 %% bootstrap interval] over "
              "subjects; other figures: summary.json, report.html", summary["n_subjects"],
-             summary["n_slices"], summary["split"])
+             summary["n_slices"],
+             whose(summary["split"]))
     for direction, found in summary["distribution"].items():
         for name, value in found.items():
             log.info("%s, %s: %s", direction, name,
@@ -590,20 +479,6 @@ def _print_columns(rows: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         log.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
-def _csv(columns: tuple[str, ...], rows: list[Record]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _plain_csv(rows: list[list[str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
 
 
 if __name__ == "__main__":

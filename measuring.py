@@ -97,7 +97,8 @@ def copy_input() -> Method:
 
 
 def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterable[Method],
-                    device: torch.device, batch_size: int = 16) -> list[Record]:
+                    device: torch.device,
+                    batch_size: int = 16) -> tuple[list[Record], dict[str, Tensor]]:
     """Measure every slice of a session and their volume, both ways, for each method.
 
     Parameters
@@ -110,14 +111,25 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
     -------
     records : a slice has its row of the store as `row`, a volume None; inside the brain also the
         distance `from_input`
+    translated : direction to the first method's translation (n, 1, H, W) in [-1, 1], on the CPU
+
+    Raises
+    ------
+    ValueError : a translation is NaN or infinite
     """
     parts = list(paired_slices(store, session, batch_size))
     real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
     reals = dict(zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))))
     records: list[Record] = []
+    translated: dict[str, Tensor] = {}
     for direction, (source, target) in reals.items():
         for method in methods:
             fake = in_batches(method.translate[direction], source, batch_size)
+            if not bool(fake.isfinite().all()):  # a mean that leaves it out would flatter
+                raise ValueError(f"{method.ckpt or method.kind}: its translation of "
+                                 f"{session['id']} ({direction}) is not finite; train again, or "
+                                 "take --precision fp32")
+            translated.setdefault(direction, fake)
             cycled = (in_batches(method.translate[BACK[direction]], fake, batch_size)
                       if method.kind == MODEL else None)
             ids = {"direction": direction, "id": session["id"], "method": method.kind,
@@ -136,7 +148,7 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
                             **measure_volume(fake, target, mask, device)})
     for record in records:
         record["psnr_db"] = min(record["psnr_db"], PSNR_CAP_DB)
-    return records
+    return records, translated
 
 
 def in_batches(translate: Translate, slices: Tensor, batch_size: int) -> Tensor:
@@ -166,18 +178,18 @@ def measure_volume(fake: Tensor, target: Tensor, mask: Tensor,
                    device: torch.device) -> dict[str, float]:
     """The figures of a session's slices (N, 1, H, W) in [-1, 1] as one volume, inside its mask.
 
-    Stacked as they were cut: background that the store left out cannot count. NaN where a volume
-    has too few slices for a figure.
+    Stacked as they were cut: background that the store left out cannot count. A figure that needs
+    more slices than there are is left out.
     """
     image, real, inside = (v.transpose(0, 1)[None].to(device) for v in
                            ((fake + 1) / 2, (target + 1) / 2, mask))
-    figures = {"psnr_db": float(volume_quality.volume_psnr_db(image, real, inside)),
-               "ssim": math.nan, "slice_consistency": math.nan}
+    figures = {"psnr_db": float(volume_quality.volume_psnr_db(image, real, inside))}
     if image.shape[2] >= quality.WINDOW:
         figures["ssim"] = float(volume_quality.volume_ssim(image, real, inside))
     if bool((inside[:, :, 1:] & inside[:, :, :-1]).any()):
         ratio = float(volume_quality.slice_consistency(image, real, inside))
-        figures["slice_consistency"] = ratio if math.isfinite(ratio) else math.nan
+        if math.isfinite(ratio):  # else the real volume does not change at all
+            figures["slice_consistency"] = ratio
     return figures
 
 
@@ -187,15 +199,15 @@ def measure_volume(fake: Tensor, target: Tensor, mask: Tensor,
 def over_slices(records: Iterable[Record]) -> list[Record]:
     """Mean over each subject's slices, of all its sessions, by direction, method and protocol.
 
-    Volumes are averaged over its sessions.
+    Volumes are averaged over its sessions, those that have the figure.
     """
     groups: dict[tuple, list[Record]] = defaultdict(list)
     for r in records:
         groups[r["direction"], person(r["id"]), r["method"], r["ckpt"], r["protocol"]].append(r)
     return [{"direction": d, "id": i, "method": m, "ckpt": c, "protocol": p,
              "n_slices": len(group),
-             **{name: float(np.mean([r[name] for r in group])) for name in metrics_of(p)
-                if name in group[0]}}
+             **{name: float(np.mean(values)) for name in metrics_of(p)
+                if (values := [r[name] for r in group if name in r])}}
             for (d, i, m, c, p), group in groups.items()]
 
 
@@ -204,9 +216,12 @@ def select(records: Iterable[Record], **wanted: str) -> Iterator[Record]:
     return (r for r in records if all(r[key] == value for key, value in wanted.items()))
 
 
-def figures_of(per_subject: Iterable[Record], **wanted: str) -> dict[str, list[float]]:
-    """Metric to one value a subject, of the subjects' records with these ids; no NaN."""
+def figures_of(per_subject: Iterable[Record], **wanted: str) -> dict[str, dict[str, float]]:
+    """Metric to subject to value, of the subjects' records with these ids, as far as measured."""
+    found: dict[str, dict[str, float]] = {}
     chosen = list(select(per_subject, **wanted))
-    names = [name for name in METRICS if all(name in r for r in chosen)] if chosen else []
-    found = {name: [r[name] for r in chosen if not math.isnan(r[name])] for name in names}
-    return {name: values for name, values in found.items() if values}
+    for name in METRICS:
+        people = {r["id"]: r[name] for r in chosen if name in r}
+        if people:
+            found[name] = people
+    return found

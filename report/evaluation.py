@@ -41,32 +41,51 @@ def direction_text(direction: str) -> str:
     return direction.replace("-to-", " to ").replace("t1w", "T1w").replace("t2w", "T2w")
 
 
+def whose(split: str) -> str:
+    """`split` of a summary for people."""
+    return "new scans" if split == "bids" else f"{split} split"
+
+
+# panel of the curves to kind of line in metrics.jsonl and the figures drawn
+CURVES = {"losses": ("loss", ("G", "F", "D_X", "D_Y")),
+          "cycle and identity losses": ("loss", ("cycle_x", "cycle_y", "identity_x",
+                                                 "identity_y")),
+          "validation SSIM (brain)": ("validation", ("t2w_ssim", "t1w_ssim")),
+          "validation PSNR (dB, brain)": ("validation", ("t2w_psnr_db", "t1w_psnr_db"))}
+
+
 def training_curves(run: Path) -> tuple[figures.Picture | None, list[str]]:
     """Losses and validation figures of a run, and the alarms that fired, from its metrics.jsonl.
 
     None and no alarms where there is no such file, or nothing in it.
     """
     lines: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    alarms = []
-    wanted = {"loss": ("losses", ("G", "F", "D_X", "D_Y")),
-              "cycle": ("cycle and identity losses", ("cycle_x", "cycle_y", "identity_x",
-                                                      "identity_y")),
-              "ssim": ("validation SSIM (brain)", ("t2w_ssim", "t1w_ssim")),
-              "psnr": ("validation PSNR (dB, brain)", ("t2w_psnr_db", "t1w_psnr_db"))}
-    try:
-        records = [json.loads(line) for line in
-                   (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):  # a best.pt that was sent elsewhere, or a run that goes on
-        return None, []
-    for record in records:
-        if record.get("kind") == "warning":
-            alarms.append(f"epoch {record['epoch']}: {record['text']}")
-        for title, names in wanted.values():
-            for name in set(names) & set(record):
+    records = _read_metrics(run / "metrics.jsonl")
+    for title, (kind, names) in CURVES.items():
+        for record in (r for r in records if r.get("kind") == kind):
+            for name in (name for name in names if name in record):
                 steps, values = lines.setdefault(title, {}).setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(record[name])
+    alarms = [f"epoch {r['epoch']}: {r['text']}" for r in records if r.get("kind") == "warning"]
     return (figures.curves(lines) if lines else None), alarms
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; [] without one, as where a best.pt was sent elsewhere."""
+    found = []
+    try:
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for line in content.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut short by a kill, or being written
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found
 
 
 def evaluation_page(summary: Mapping[str, Any], tables: Mapping[str, Sequence[Sequence[str]]],
@@ -88,9 +107,10 @@ def evaluation_page(summary: Mapping[str, Any], tables: Mapping[str, Sequence[Se
     parts = [
         page.paragraph(f"{summary['ckpt']}, step {state['step']}, {state['slices_seen']} slice "
                        f"pairs seen. {summary['n_subjects']} subjects, {summary['n_slices']} "
-                       f"slices of the {summary['split']} split of {summary['slices']}. Mean ± SD "
+                       f"slices of {summary['slices']}, {whose(summary['split'])}. Mean ± SD "
                        "[95 % bootstrap interval] over subjects."),
         *(page.paragraph(text, "warning") for text in summary["warnings"]),
+        *(page.paragraph(text, "note") for text in summary["notes"]),
         *(part for title, (columns, *rows) in tables.items()
           for part in (page.heading(title), page.table(columns, rows))),
         page.paragraph(PROTOCOLS_NOTE, "note"), *_distribution(summary),

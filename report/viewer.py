@@ -85,7 +85,7 @@ _HTML = """<div class='viewer' id='viewer'>
   const data = JSON.parse(document.getElementById('viewer-data').textContent);
   const at = name => document.getElementById('viewer-' + name);
   const names = {t1w: 'T1w', t2w: 'T2w'};
-  let images = {}, turn = 0;
+  let shown = null, images = {}, turn = 0;     // the stack whose pictures are loaded
 
   data.stacks.forEach((stack, i) => at('subject').add(new Option(stack.title, i)));
 
@@ -98,7 +98,7 @@ _HTML = """<div class='viewer' id='viewer'>
       found[name] = image;
     }));
     if (mine !== turn) return;                  // another subject was chosen meanwhile
-    images = found;
+    [shown, images] = [stack, found];
     at('slice').max = stack.count - 1;
     at('slice').value = Math.floor(stack.count / 2);
     draw();
@@ -124,7 +124,8 @@ _HTML = """<div class='viewer' id='viewer'>
   }
 
   function draw() {
-    const stack = data.stacks[at('subject').value], k = Number(at('slice').value);
+    if (!shown) return;                         // a slider was moved before the first is there
+    const stack = shown, k = Number(at('slice').value);
     const direction = at('direction').value, [source, target] = direction.split('-to-');
     const given = levels(source, stack, k), real = levels(target, stack, k);
     const made = levels('to_' + target, stack, k), inside = levels('mask', stack, k);

@@ -1,4 +1,4 @@
-"""Tests of evaluate.py: figures by scikit-image and by hand, refusals, warnings, the report."""
+"""Tests of evaluate.py: figures by scikit-image and by hand, comparisons, refusals, the report."""
 
 import base64
 import csv
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import TINY, run_command
+from conftest import content
 from painted_store import write_store
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -17,7 +18,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import evaluate
 import train
 from data.store import SliceStore
+from measuring import Method, copy_input, measure_session
 from models import checkpoint
+from models.baseline import LookUpTable
+from summary import best_median_worst, contrast_checks
 
 CPU = torch.device("cpu")
 SPLITS = {"train": ["01", "02"], "val": ["03"], "test": ["04", "05", "06_ses-a", "06_ses-b"]}
@@ -65,6 +69,17 @@ def table(path):
         return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(lines)]
 
 
+def tables_of(store):
+    """The look-up tables that the training split's pairs give, T1w to T2w and back."""
+    rows = store.rows("train")
+    x, y = (torch.from_numpy(a[rows].astype(np.float32))[:, None] for a in (store.t1w, store.t2w))
+    mask = torch.from_numpy(store.mask(rows))[:, None]
+    tables = LookUpTable(), LookUpTable()
+    tables[0].update(x, y, mask)
+    tables[1].update(y, x, mask)
+    return tables
+
+
 # ---------------------------------------------------------------------------------- figures
 
 
@@ -73,15 +88,18 @@ def test_every_slice_is_measured_both_ways_as_scikit_image_does(results, ckpt, s
     settings = {"data_range": 1, "gaussian_weights": True, "sigma": 1.5,
                 "use_sample_covariance": False}
     rows = table(results / "slices.csv")
-    assert len(rows) == 14 * 2 * 2 * 3  # slices, directions, methods, protocols
+    assert len(rows) == 14 * 2 * 3 * 3  # slices, directions, methods, protocols
+    assert {r["method"] for r in rows} == {"model", "floor", "table"}
+    tables = dict(zip(DIRECTIONS, tables_of(store)))
     for r in rows:
         row = int(r["row"])
         real = {"t1w": store.t1w[row].astype(np.float32), "t2w": store.t2w[row].astype(np.float32)}
         source, target = (real[name] for name in r["direction"].split("-to-"))
-        image = source
-        if r["method"] == "model":
-            with torch.no_grad():
-                image = nets[r["direction"]](torch.from_numpy(source)[None, None])[0, 0].numpy()
+        translate = {"model": nets[r["direction"]], "floor": torch.clone,
+                     "table": tables[r["direction"]]}[r["method"]]
+        with torch.no_grad():
+            image = translate(torch.from_numpy(source)[None, None])[0, 0].numpy()
+        assert r["ckpt"] == (str(ckpt) if r["method"] == "model" else "")
         image, target = (image + 1) / 2, (target + 1) / 2
         mask = store.mask(slice(row, row + 1))[0]
         if r["protocol"] == "box":
@@ -92,6 +110,8 @@ def test_every_slice_is_measured_both_ways_as_scikit_image_does(results, ckpt, s
         mean, similarity = structural_similarity(image, target, full=True, **settings)
         if r["protocol"] == "brain":
             ssim, image, target = similarity[mask].mean(), image[mask], target[mask]
+            ncc = np.corrcoef(image, target)[0, 1] if image.std() > 1e-6 else 0
+            assert r["ncc"] == pytest.approx(ncc, abs=1e-4)
         else:
             ssim = mean
         assert r["ssim"] == pytest.approx(ssim, abs=2e-5)
@@ -104,7 +124,8 @@ def test_the_subject_is_the_unit_of_the_summary(results):
     slices = table(results / "slices.csv")
     summary = json.loads((results / "summary.json").read_text())
     for direction in DIRECTIONS:
-        for method, part in (("model", summary[direction]), ("floor", summary[direction]["floor"])):
+        for method, part in (("model", summary[direction]), ("floor", summary[direction]["floor"]),
+                             ("table", summary[direction]["table"])):
             for protocol in ("brain", "slice", "box"):
                 for metric in ("ssim", "psnr_db", "mae"):
                     people = {}
@@ -127,9 +148,9 @@ def test_the_subject_is_the_unit_of_the_summary(results):
 
 def test_the_table_of_subjects_has_the_means_of_their_slices(results):
     rows = table(results / "subjects.csv")
-    assert len(rows) == 3 * 2 * 2 * 3
-    assert {r["id"]: r["n_slices"] for r in rows} == {
-        "painted_sub-04": 3, "painted_sub-05": 5, "painted_sub-06": 6}
+    assert len(rows) == 3 * 2 * 3 * 4  # subjects, directions, methods, protocols with volume
+    assert {(r["id"], r["n_slices"]) for r in rows if r["protocol"] != "volume"} == {
+        ("painted_sub-04", 3), ("painted_sub-05", 5), ("painted_sub-06", 6)}
     slices = [s["ssim"] for s in table(results / "slices.csv") if s["id"].startswith(
         "painted_sub-06") and s["direction"] == "t1w-to-t2w" and s["method"] == "model"
         and s["protocol"] == "box"]
@@ -138,29 +159,11 @@ def test_the_table_of_subjects_has_the_means_of_their_slices(results):
     assert len(slices) == 6 and found == [pytest.approx(np.mean(slices))]
 
 
-def test_mean_deviation_and_interval_of_a_hand_computed_example():
-    found = evaluate.spread([1.0, 2.0, 6.0], seed=0)
-    assert found["mean"] == 3.0 and found["sd"] == pytest.approx(7 ** 0.5)
-    low, high = found["ci95"]
-    # of 27 resamples of three one is all ones and three are (1, 1, 2): 4 in 27 lie below 1.5
-    assert low in (1.0, pytest.approx(4 / 3)) and high in (6.0, pytest.approx(14 / 3))
-    assert evaluate.spread([2.0, 2.0], seed=0) == {"mean": 2.0, "sd": 0.0, "ci95": [2.0, 2.0]}
-    assert evaluate.spread([5.0], seed=0) == {"mean": 5.0, "sd": None, "ci95": None}
-
-
-def test_the_interval_is_the_seeds_and_near_the_normal_one_for_many_subjects():
-    values = list(np.random.default_rng(1).normal(0.8, 0.05, 200))
-    first = evaluate.spread(values, seed=3)
-    assert first == evaluate.spread(values, seed=3)
-    assert first != evaluate.spread(values, seed=4)
-    half = 1.96 * first["sd"] / 200 ** 0.5
-    assert first["ci95"] == pytest.approx([first["mean"] - half, first["mean"] + half], rel=2e-3)
-
-
 def test_the_same_command_writes_the_same_bytes(results, ckpt, store, tmp_path):
     assert evaluated(ckpt, store.folder, tmp_path / "e", "--batch-size", 2).code == 0
-    for name in ("summary.json", "slices.csv", "subjects.csv", "report.html", "subjects.png"):
-        assert (tmp_path / "e" / name).read_bytes() == (results / name).read_bytes()
+    again, before = content(tmp_path / "e"), content(results)
+    before.pop("printed.txt")
+    assert again == before and {"summary.json", "report.html", "subjects.svg"} <= set(again)
 
 
 def test_the_batch_size_changes_no_figure(results, ckpt, store, tmp_path):
@@ -204,11 +207,11 @@ def measured(store, translate):
     x, y = (torch.from_numpy(a[rows].astype(np.float32))[:, None] for a in (store.t1w, store.t2w))
     nets = {"t1w-to-t2w": lambda source: translate(source, y),
             "t2w-to-t1w": lambda source: translate(source, x)}
-    return evaluate.measure_subject(store, subject, nets, CPU, batch_size=64)
+    return measure_session(store, subject, [Method("model", nets, "m"), copy_input()], CPU)[0]
 
 
 def warnings_of(records):
-    checks = evaluate.contrast_checks(records)
+    checks = contrast_checks(records, "m")
     return {direction: " ".join(checks[direction]["warnings"]) for direction in DIRECTIONS}
 
 
@@ -233,18 +236,26 @@ def test_the_real_target_and_one_with_some_noise_raise_no_warning(store):
 def test_a_perfect_translation_has_figures_that_can_be_averaged_and_written(store):
     perfect = [r for r in measured(store, lambda source, target: target) if r["method"] == "model"]
     for r in perfect:
-        assert r["psnr_db"] == 100 and r["ssim"] == pytest.approx(1) and r["mae"] == 0
+        assert r["psnr_db"] == 100
+        if r["protocol"] == "volume":
+            assert r["slice_consistency"] == pytest.approx(1, abs=1e-5)
+            continue
+        assert r["ssim"] == pytest.approx(1) and r["mae"] == 0
         if r["protocol"] == "brain":
-            assert r["correlation"] == pytest.approx(1, abs=1e-5)
+            assert r["ncc"] == pytest.approx(1, abs=1e-5)
             assert r["from_input"] > 0.1
     assert json.dumps(perfect, allow_nan=False)
 
 
 def test_the_floor_is_what_copying_the_input_reaches(store):
     records = measured(store, lambda source, target: source)
-    for copy, floor in zip([r for r in records if r["method"] == "model"],
-                           [r for r in records if r["method"] == "floor"]):
-        assert {**copy, "method": ""} == {**floor, "method": ""}
+    copies, floors = ([r for r in records if r["method"] == m] for m in ("model", "floor"))
+    assert len(copies) == len(floors) == 2 * (3 * 3 + 1)
+    for copy, floor in zip(copies, floors):
+        of_the_model = {"method": "model", "ckpt": "m"}
+        if copy["protocol"] == "brain":
+            of_the_model["cycle_error"] = copy["cycle_error"]
+        assert copy == {**floor, **of_the_model}
 
 
 def test_warnings_are_printed_and_stand_in_the_report(ckpt, store, results):
@@ -261,10 +272,10 @@ def test_warnings_are_printed_and_stand_in_the_report(ckpt, store, results):
 # -------------------------------------------------------------------------------- the report
 
 
-def test_the_figure_shows_the_best_the_median_and_the_worst_slice(results):
+def test_the_figure_shows_the_best_the_median_and_the_worst_slice(results, ckpt):
     slices = table(results / "slices.csv")
     for direction in DIRECTIONS:
-        shown = evaluate.best_median_worst(slices, direction)
+        shown = best_median_worst(slices, direction, str(ckpt))
         ssim = sorted(s["ssim"] for s in slices if s["direction"] == direction
                       and s["protocol"] == "brain" and s["method"] == "model")
         assert [shown[title]["ssim"] for title in ("best", "median", "worst")] == [
@@ -291,31 +302,38 @@ def test_the_report_opens_from_disk_with_all_pictures_inside(results):
     html = (results / "report.html").read_text(encoding="utf-8")
     found = References(html)
     assert not found.links and "http://" not in html and "https://" not in html
-    assert not {"script", "link", "iframe", "object"} & set(found.tags)
-    assert "url(" not in html and "@import" not in html
+    assert not {"link", "iframe", "object"} & set(found.tags)
+    assert "url(" not in html and "@import" not in html and "fetch(" not in html
     prefix = "data:image/png;base64,"
     inside = [base64.b64decode(source.removeprefix(prefix)) for source in found.sources]
-    files = [(results / name).read_bytes() for name in
-             ("subjects.png", "slices_t1w-to-t2w.png", "slices_t2w-to-t1w.png")]
-    assert inside == files
-    assert all(png.startswith(b"\x89PNG") for png in files)
+    names = ("subjects", "slices_t1w-to-t2w", "slices_t2w-to-t1w", "histograms", "training")
+    assert inside == [(results / f"{name}.png").read_bytes() for name in names]
+    assert all(png.startswith(b"\x89PNG") for png in inside)
+    for name in names:
+        assert (results / f"{name}.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_the_report_says_what_was_measured_on_whom_and_its_limits(results, ckpt):
     html = (results / "report.html").read_text(encoding="utf-8")
     summary = json.loads((results / "summary.json").read_text())
     brain = summary["t1w-to-t2w"]["brain"]["ssim"]
-    assert f"{brain['mean']:.3f} ± {brain['sd']:.3f} [" in html
+    low, high = brain["ci95"]
+    assert (f"<td>{brain['mean']:.3f} ± {brain['sd']:.3f}<br><small>[{low:.3f}, {high:.3f}]"
+            "</small></td>") in html
     for text in ("3 subjects, 14 slices", "test split", "Not for diagnosis", "lambda_identity",
-                 "painted", "CC0", "floor (copy)"):
+                 "painted", "CC0", "floor: copied input", "look-up table",
+                 "not measured: no weights"):
         assert text in html
 
 
 def test_the_table_is_printed_with_units(results):
     printed = (results / "printed.txt").read_text().splitlines()
     assert "PSNR (dB)" in printed[0]
-    assert printed[1].startswith("T1w to T2w  brain     translated")
-    assert "3 subjects, 14 slices, test split" in printed[13]
+    assert [line[:35].strip() for line in printed[1:4]] == [
+        "T1w to T2w  brain     translated", "T1w to T2w  brain     floor: copied",
+        "T1w to T2w  brain     look-up table"]
+    assert "3 subjects, 14 slices, test split" in printed[1 + 2 * 4 * 3]
+    assert "t1w-to-t2w, Frechet distance: not measured: no weights" in printed
 
 
 # ---------------------------------------------------------------------------------- refusals

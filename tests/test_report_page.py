@@ -45,8 +45,19 @@ def test_text_from_files_cannot_become_markup():
 
 def test_a_table_has_all_cells_in_their_rows():
     html = page.table(("a", "b"), [["1", "2"], ["3", "4"]])
-    assert html.replace("\n", "") == ("<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td>"
-                                      "</tr><tr><td>3</td><td>4</td></tr></table>")
+    assert html.replace("\n", "") == (
+        "<div class='wide'><table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr>"
+        "<tr><td>3</td><td>4</td></tr></table></div>")
+
+
+def test_further_lines_of_a_cell_are_small_and_no_markup():
+    assert "<td>0.9<br><small>[0, &lt;1]</small></td>" in page.table(("a",), [["0.9\n[0, <1]"]])
+
+
+def test_details_hold_their_parts_below_their_summary():
+    found = Elements(page.details("more & more", [page.paragraph("inside")]))
+    assert [name for name, _ in found.tags] == ["details", "summary", "p"]
+    assert found.words == ["more & more", "\n", "inside", "\n"]
 
 
 def test_a_picture_is_inside_the_page():

@@ -1,0 +1,175 @@
+"""What the figures of an evaluation add up to: `summary.json`, warnings, and tables as text.
+
+Pure functions of the records that `measuring.py` makes; `evaluate.py` writes what they return.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comparison import compare, spread
+from losses.distribution import frechet_distance, kernel_distance
+from measuring import (DIRECTIONS, FLOOR, METHODS, METRICS, MODEL, PROTOCOLS, Record, figures_of,
+                       select)
+from report.evaluation import direction_text, spread_text
+
+# A translation this much nearer to its input than the real target is has copied it.
+COPY_RATIO = 0.5
+DISTANCES = ("Frechet distance", "kernel distance x 1000")
+IDS = ("direction", "method", "ckpt", "protocol", "id")  # columns of the tables
+
+
+def summarise(per_subject: list[Record], ckpt: str, seed: int) -> dict[str, Any]:
+    """DESIGN's `summary.json`: direction, protocol (and references' protocols), metric."""
+    summary: dict[str, Any] = {}
+    for direction in DIRECTIONS:
+        parts: dict[str, dict] = {}
+        for method in METHODS:
+            parts[method] = {}
+            for protocol in PROTOCOLS:
+                found = figures_of(per_subject, direction=direction, method=method,
+                                   protocol=protocol, ckpt=ckpt if method == MODEL else "")
+                if found:
+                    parts[method][protocol] = {name: spread(list(people.values()), seed)
+                                               for name, people in found.items()}
+        summary[direction] = {**parts.pop(MODEL), **{m: p for m, p in parts.items() if p}}
+    return summary
+
+
+def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
+    """Has the model copied its input, or inverted the contrast? Means over slices, and the verdict.
+
+    `correlation` is with the real target inside the brain, below 0 for an inverted contrast;
+    `copy_ratio` is the distance from translation to input as a share of the distance from real
+    target to input, near 0 for a copy.
+    """
+    checks = {}
+    for direction in DIRECTIONS:
+        brain_only = list(select(records, direction=direction, protocol="brain"))
+
+        def mean(method: str, name: str, of: str = "") -> float:
+            return float(np.mean([r[name] for r in select(brain_only, method=method, ckpt=of)]))
+
+        ratio = mean(MODEL, "from_input", ckpt) / max(mean(FLOOR, "mae"), 1e-9)
+        agreement = mean(MODEL, "ncc", ckpt)
+        warnings = []
+        if ratio < COPY_RATIO:
+            warnings.append(f"{direction}: the translation is nearly a copy of its input (distance "
+                            f"to it {ratio:.0%} of the real target's)")
+        if agreement < 0:
+            warnings.append(f"{direction}: contrast is inverted (correlation with the real target "
+                            f"{agreement:.2f})")
+        checks[direction] = {"correlation": agreement, "copy_ratio": ratio, "warnings": warnings}
+    return checks
+
+
+def distribution(features: Sequence[dict[str, Tensor]], seed: int) -> dict[str, dict[str, Any]]:
+    """Frechet and kernel distance of translated and real slices, by direction; or why not.
+
+    Parameters
+    ----------
+    features : a session's each: direction to (2, n, D), real and translated; {} without weights
+    seed : of the subsets that the kernel distance draws
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for direction in DIRECTIONS:
+        if not features[0]:
+            found[direction] = dict.fromkeys(DISTANCES, "not measured: no weights")
+            continue
+        real, fake = torch.cat([part[direction] for part in features], dim=1)
+        if len(real) < 2:
+            found[direction] = dict.fromkeys(DISTANCES, "not measured: one slice only")
+        elif not bool((real.isfinite() & fake.isfinite()).all()):
+            found[direction] = dict.fromkeys(DISTANCES, "not measured: features are not finite")
+        else:
+            kernel = kernel_distance(real, fake, generator=torch.Generator().manual_seed(seed))
+            found[direction] = dict(zip(DISTANCES, (float(frechet_distance(real, fake)),
+                                                    1000 * float(kernel.mean))))
+    return found
+
+
+def comparisons(per_subject: list[Record], ckpts: Sequence[str],
+                seed: int) -> dict[str, dict[str, Any]]:
+    """Checkpoint to direction to metric: its differences from the first, in the brain."""
+    found: dict[str, dict[str, Any]] = {}
+    for ckpt in ckpts[1:]:
+        found[ckpt] = {}
+        for direction in DIRECTIONS:
+            first, other = (figures_of(per_subject, direction=direction, method=MODEL,
+                                       protocol="brain", ckpt=name) for name in (ckpts[0], ckpt))
+            found[ckpt][direction] = compare(first, other, seed)
+    return found
+
+
+def best_median_worst(records: list[Record], direction: str, ckpt: str) -> dict[str, Record]:
+    """The model's slices with the highest, the middle and the lowest SSIM in the brain."""
+    found = sorted(select(records, direction=direction, protocol="brain", method=MODEL, ckpt=ckpt),
+                   key=lambda r: (r["ssim"], r["id"], r["row"]))
+    return {"best": found[-1], "median": found[len(found) // 2], "worst": found[0]}
+
+
+# ------------------------------------------------------------------------------------- as text
+
+
+def caption_of(record: Record) -> str:
+    """The figures of a slice in the brain."""
+    return (f"SSIM {record['ssim']:.3f}   PSNR {record['psnr_db']:.1f} dB   "
+            f"MAE {record['mae']:.3f}")
+
+
+def table(summary: dict[str, Any], protocols: Sequence[str], metrics: Sequence[str],
+          between: str = " ") -> list[list[str]]:
+    """The summary as lines of text, column titles first; `between` SD and interval."""
+    rows = [["direction", "protocol", "method", *(METRICS[name].label for name in metrics)]]
+    for direction in DIRECTIONS:
+        for protocol in protocols:
+            for method, label in METHODS.items():
+                part = summary[direction] if method == MODEL else summary[direction].get(method, {})
+                found = part.get(protocol, {})
+                if set(metrics) & set(found):
+                    cells = [spread_text(found[name], METRICS[name].digits, between)
+                             if name in found else "" for name in metrics]
+                    rows.append([direction_text(direction), protocol, label, *cells])
+    return rows
+
+
+def comparison_rows(compared: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The comparison as lines of text, column titles first; [] without one."""
+    rows = [["checkpoint", "direction", "metric (brain)", "difference", "p", "p (Holm)"]]
+    for ckpt, directions in compared.items():
+        for direction, metrics in directions.items():
+            for name, found in metrics.items():
+                ps = ["" if found[key] is None else f"{found[key]:.3g}" for key in ("p", "p_holm")]
+                rows.append([ckpt, direction_text(direction), METRICS[name].label,
+                             spread_text(found, METRICS[name].digits), *ps])
+    return rows if len(rows) > 1 else []
+
+
+def records_csv(records: Iterable[Record], *columns: str) -> bytes:
+    """Records as CSV: their ids, then these columns; what was not measured is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, (*IDS, *columns), extrasaction="ignore", restval="",
+                            lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().encode()
+
+
+def comparison_csv(compared: dict[str, dict[str, Any]]) -> bytes:
+    """The comparison as CSV, numbers in full."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("ckpt", "direction", "metric", "mean", "sd", "low", "high", "p", "p_holm"))
+    for ckpt, directions in compared.items():
+        for direction, metrics in directions.items():
+            for name, found in metrics.items():
+                writer.writerow((ckpt, direction, name, found["mean"], found["sd"],
+                                 *(found["ci95"] or ("", "")), found["p"], found["p_holm"]))
+    return text.getvalue().encode()
