@@ -1,0 +1,172 @@
+"""Tests of measuring.py: figures of sessions against losses/ and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from painted_store import write_store
+
+import measuring
+from data.store import SliceStore
+from losses import quality, volume_quality
+from measuring import Method, copy_input, figures_of, measure_session, over_slices, select
+
+CPU = torch.device("cpu")
+N_SLICES = {"01": 2, "04": 12, "05_ses-a": 13, "05_ses-b": 3, "06": 1}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Sessions of twelve slices and more, and of fewer than SSIM's window; read only."""
+    folder = tmp_path_factory.mktemp("measuring") / "slices"
+    splits = {"train": ["01"], "test": [name for name in N_SLICES if name != "01"]}
+    return SliceStore(write_store(folder, splits, n_slices=N_SLICES))
+
+
+def session(store, name):
+    return next(s for s in store.subjects if s["id"].endswith(name))
+
+
+def reals(store, name):
+    """T1w, T2w (n, 1, H, W) in [-1, 1] and mask of a session."""
+    t1w, t2w, mask = store.of_subject(session(store, name))
+    return (*(torch.from_numpy(v.astype(np.float32))[:, None] for v in (t1w, t2w)),
+            torch.from_numpy(mask)[:, None])
+
+
+def turned(real):
+    return -0.6 * real - 0.2
+
+
+def bent(real):
+    return -0.9 * real + 0.1 * real ** 2
+
+
+BENDING = Method("model", {"t1w-to-t2w": turned, "t2w-to-t1w": bent}, "bending.pt")
+
+
+@pytest.fixture(scope="module")
+def measured(store):
+    """Records and translations of one session with a model and the floor."""
+    return measure_session(store, session(store, "04"), [BENDING, copy_input()], CPU, 5)
+
+
+def test_figures_are_those_of_the_losses_on_the_same_slices(store, measured):
+    t1w, t2w, mask = reals(store, "04")
+    for direction, source, target, translate, back in (
+            ("t1w-to-t2w", t1w, t2w, turned, bent), ("t2w-to-t1w", t2w, t1w, bent, turned)):
+        given, real, fake, cycled = ((v + 1) / 2 for v in (
+            source, target, translate(source), back(translate(source))))
+        wanted = {
+            "ssim": quality.ssim(fake, real, mask), "psnr_db": quality.psnr_db(fake, real, mask),
+            "mae": quality.mae(fake, real, mask),
+            "ms_ssim": quality.multiscale_ssim(fake, real, mask),
+            "ncc": quality.correlation(fake, real, mask),
+            "gradient_similarity": quality.gradient_similarity(fake, real, mask),
+            "intensity_distance": quality.intensity_distance(fake, real, mask),
+            "cycle_error": quality.mae(cycled, given, mask),
+            "from_input": quality.mae(fake, given, mask)}
+        found = list(select(measured[0], direction=direction, method="model", protocol="brain"))
+        assert [r["row"] - session(store, "04")["first_row"] for r in found] == list(range(12))
+        for name, values in wanted.items():
+            assert [r[name] for r in found] == pytest.approx(values.tolist(), abs=1e-6), name
+            assert len({round(r[name], 6) for r in found}) > 6, f"{name} tells slices apart"
+
+
+def test_a_volume_is_all_slices_of_the_session_as_one(store, measured):
+    t1w, t2w, mask = reals(store, "04")
+    fake, real, inside = (v.transpose(0, 1)[None] for v in ((turned(t1w) + 1) / 2, (t2w + 1) / 2,
+                                                            mask))
+    found, = select(measured[0], direction="t1w-to-t2w", method="model", protocol="volume")
+    assert found["row"] is None
+    for name, measure in (("psnr_db", volume_quality.volume_psnr_db),
+                          ("ssim", volume_quality.volume_ssim),
+                          ("slice_consistency", volume_quality.slice_consistency)):
+        assert found[name] == pytest.approx(float(measure(fake, real, inside)))
+    error = (fake - real)[inside].double()
+    assert found["psnr_db"] == pytest.approx(-10 * math.log10(float(error.square().mean())))
+
+
+def test_the_metrics_of_a_protocol_are_those_that_it_is_listed_for(measured):
+    for r in measured[0]:
+        wanted = set(measuring.metrics_of(r["protocol"]))
+        if r["method"] == "floor":
+            wanted -= {"cycle_error"}
+        if r["protocol"] == "brain":
+            wanted |= {"from_input"}
+        assert set(r) - {"direction", "id", "method", "ckpt", "protocol", "row"} == wanted
+
+
+def test_translations_of_the_first_method_come_back_for_the_pictures(store, measured):
+    t1w, t2w, _ = reals(store, "04")
+    assert torch.equal(measured[1]["t1w-to-t2w"], turned(t1w))
+    assert torch.equal(measured[1]["t2w-to-t1w"], bent(t2w))
+
+
+def test_a_net_never_gets_more_slices_than_the_batch(store):
+    sizes = []
+
+    def counting(real):
+        sizes.append(len(real))
+        return real
+
+    both = dict.fromkeys(("t1w-to-t2w", "t2w-to-t1w"), counting)
+    measure_session(store, session(store, "04"), [Method("floor", both)], CPU, 5)
+    assert sizes == [5, 5, 2] * 2
+
+
+@pytest.mark.parametrize("name, n, wanted", [
+    ("04", 12, {"psnr_db", "ssim", "slice_consistency"}),
+    ("05_ses-b", 3, {"psnr_db", "slice_consistency"}), ("06", 1, {"psnr_db"})])
+def test_a_volume_of_few_slices_lacks_figures_and_has_no_nan(store, name, n, wanted):
+    records, _ = measure_session(store, session(store, name), [BENDING], CPU)
+    assert len(records) == 2 * (3 * n + 1)
+    for r in select(records, protocol="volume"):
+        assert set(r) & set(measuring.METRICS) == wanted
+    assert not any(math.isnan(v) for r in records for v in r.values() if isinstance(v, float))
+
+
+def test_a_subjects_volume_is_averaged_over_the_sessions_that_have_the_figure(store):
+    records = [r for name in ("05_ses-a", "05_ses-b")
+               for r in measure_session(store, session(store, name), [BENDING], CPU)[0]]
+    found, = select(over_slices(records), direction="t1w-to-t2w", protocol="volume")
+    long, short = select(records, direction="t1w-to-t2w", protocol="volume")
+    assert found["id"] == "painted_sub-05" and found["n_slices"] == 2
+    assert found["psnr_db"] == pytest.approx((long["psnr_db"] + short["psnr_db"]) / 2)
+    assert found["ssim"] == long["ssim"]  # the other has three slices only
+    brain, = select(over_slices(records), direction="t1w-to-t2w", protocol="brain")
+    every = [r["ssim"] for r in select(records, direction="t1w-to-t2w", protocol="brain")]
+    assert brain["n_slices"] == len(every) == 16 and brain["ssim"] == pytest.approx(np.mean(every))
+
+
+def test_a_translation_that_is_nan_is_refused_by_name_not_left_out(store):
+    def broken(real):
+        return torch.where(torch.arange(len(real))[:, None, None, None] == 1, math.nan, real)
+
+    with pytest.raises(ValueError, match="bad.pt: its translation of painted_sub-04 .* not finite"):
+        measure_session(store, session(store, "04"), [
+            copy_input(), Method("model", dict.fromkeys(measuring.DIRECTIONS, broken), "bad.pt")],
+            CPU)
+
+
+def test_equal_slices_have_the_largest_psnr_that_can_be_averaged(store):
+    t1w, t2w, _ = reals(store, "06")
+    perfect = Method("model", {"t1w-to-t2w": lambda real: t2w, "t2w-to-t1w": lambda real: t1w})
+    records, _ = measure_session(store, session(store, "06"), [perfect], CPU)
+    assert {r["psnr_db"] for r in records} == {measuring.PSNR_CAP_DB}
+
+
+def test_figures_are_named_by_subject_and_those_that_nobody_has_are_left_out():
+    ids = {"direction": "t1w-to-t2w", "method": "model", "ckpt": "", "protocol": "volume"}
+    records = [{**ids, "id": "a", "psnr_db": 20.0, "ssim": 0.5},
+               {**ids, "id": "b", "psnr_db": 30.0},
+               {**ids, "id": "c", "psnr_db": 1.0, "method": "floor"}]
+    assert figures_of(records, method="model") == {"ssim": {"a": 0.5},
+                                                   "psnr_db": {"a": 20.0, "b": 30.0}}
+    assert figures_of(records, method="table") == {}
+
+
+def test_a_subject_is_all_of_its_sessions():
+    assert measuring.person("ds01_sub-1_ses-2") == measuring.person("ds01_sub-1") == "ds01_sub-1"
+    assert measuring.person("ds01_sub-10") != measuring.person("ds01_sub-1")
