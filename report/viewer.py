@@ -47,8 +47,8 @@ def viewer(stacks: Sequence[Stack]) -> str:
         data.append({"title": stack.title, "count": len(stack.t1w),
                      "size": list(stack.t1w.shape[1:]), "pictures": pictures,
                      "captions": {key: list(lines) for key, lines in stack.captions.items()}})
-    # "</" would end the script early, wherever it stood
-    text = json.dumps({"columns": COLUMNS, "stacks": data}).replace("</", "<\\/")
+    # "</script" would end the script early, and "<!-- <script" hide its end, wherever they stood
+    text = json.dumps({"columns": COLUMNS, "stacks": data}).replace("<", "\\u003c")
     return _HTML.replace("@DATA@", text)
 
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 
@@ -12,6 +13,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic",
            "--disable-background-networking", "--disable-component-update", "--disable-sync",
            "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe")
+SILENCE_S = 120  # a browser that hangs must not hang the tests
 
 
 class Page:
@@ -20,10 +22,12 @@ class Page:
     Attributes
     ----------
     complaints : uncaught exceptions, and errors in the console
+    requests : addresses that were asked for, whoever asked
     """
 
     def __init__(self, send, session):
-        self._send, self._session, self.complaints = send, session, []
+        self._send, self._session = send, session
+        self.complaints, self.requests = [], []
 
     def run(self, script):
         """Evaluate an expression in the page, awaiting promises; its value."""
@@ -47,6 +51,21 @@ class Page:
             it.dispatchEvent(new Event('input', {{bubbles: true}}));
             it.dispatchEvent(new Event('change', {{bubbles: true}})); }})()""")
 
+    def press(self, name, key, code):
+        """Press a key on a control, by its name and its Windows key code."""
+        self.run(f"document.getElementById({name!r}).focus()")
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                      windowsVirtualKeyCode=code)
+
+    def pixels(self, name):
+        """A canvas as rows of [red, green, blue]."""
+        width, values = self.run(f"""(() => {{ const it = document.getElementById({name!r});
+            const found = it.getContext('2d').getImageData(0, 0, it.width, it.height).data;
+            return [it.width, Array.from(found)]; }})()""")
+        colours = [values[i:i + 3] for i in range(0, len(values), 4)]
+        return [colours[i:i + width] for i in range(0, len(colours), width)]
+
     def screenshot(self):
         """The whole page as PNG bytes."""
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
@@ -61,6 +80,10 @@ class Page:
                 self.complaints.append(what["exceptionDetails"]["exception"]["description"])
             if event["method"] == "Log.entryAdded" and what["entry"]["level"] == "error":
                 self.complaints.append(what["entry"]["text"])
+            if event["method"] == "Runtime.consoleAPICalled" and what["type"] == "error":
+                self.complaints.append(str(what["args"]))
+            if event["method"] == "Network.requestWillBeSent":
+                self.requests.append(what["request"]["url"])
         return result
 
 
@@ -102,7 +125,7 @@ def open_page(path, profile, width=1100, height=900):
         session, _ = send("Target.attachToTarget", {"targetId": target["targetId"],
                                                     "flatten": True})
         page = Page(send, session["sessionId"])
-        for domain in ("Runtime", "Log", "Page"):
+        for domain in ("Runtime", "Log", "Page", "Network"):
             page.call(f"{domain}.enable")
         page.call("Page.navigate", url=path.resolve().as_uri())
         page.wait_for("document.readyState === 'complete'")
@@ -118,6 +141,7 @@ def _messages(handle):
     """What the browser says, message by message; each ends with a zero byte."""
     pending = b""
     while True:
+        assert select.select([handle], [], [], SILENCE_S)[0], "the browser says nothing any more"
         block = os.read(handle, 1 << 20)
         assert block, "the browser has ended"
         *whole, pending = (pending + block).split(b"\0")

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, open_page
 from commands import TINY, run_command
 from conftest import content
 from painted_store import write_store
@@ -334,6 +335,117 @@ def test_the_table_is_printed_with_units(results):
         "T1w to T2w  brain     look-up table"]
     assert "3 subjects, 14 slices, test split" in printed[1 + 2 * 4 * 3]
     assert "t1w-to-t2w, Frechet distance: not measured: no weights" in printed
+
+
+# --------------------------------------------------------------------------------- a browser
+
+
+@pytest.fixture(scope="module")
+def opened(results, tmp_path_factory):
+    """The report in a browser, its viewer ready."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    with open_page(results / "report.html", tmp_path_factory.mktemp("profile")) as page:
+        page.wait_for("document.getElementById('viewer-number').textContent")
+        yield page
+
+
+def text_of(page, name):
+    return page.run(f"document.getElementById({name!r}).textContent")
+
+
+def choose(page, number, k, blend=100, direction="t1w-to-t2w"):
+    """Set the viewer's controls: the subject by its number."""
+    page.set("viewer-subject", number)
+    slices = list(N_SLICES.values())[3 + number]
+    page.wait_for(f"document.getElementById('viewer-number').textContent.endsWith('of {slices}')")
+    page.set("viewer-direction", direction)
+    page.set("viewer-slice", k)
+    page.set("viewer-blend", blend)
+
+
+def grey(page, name):
+    """(H, W) of a canvas that shows grey."""
+    found = np.array(page.pixels(name))
+    assert (found == found[..., :1]).all()
+    return found[..., 0]
+
+
+def shades(slices):
+    """What 0 to 255 an image in [-1, 1] is shown as."""
+    return np.round((slices.astype(np.float32) + 1) / 2 * 255).astype(int)
+
+
+def test_the_report_opens_in_a_browser_without_complaint_or_network(opened, results):
+    assert opened.run("document.title") == "T1w / T2w translation: evaluation"
+    assert opened.run("[...document.images].every(i => i.naturalWidth > 300)")
+    assert opened.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+    assert not opened.complaints
+    others = {url for url in opened.requests if not url.startswith("data:")}
+    assert others == {(results / "report.html").resolve().as_uri()}
+
+
+def test_the_slice_slider_moves_to_the_next_slice_by_a_key(opened, store):
+    choose(opened, 1, 1)
+    before = grey(opened, "viewer-input")
+    opened.press("viewer-slice", "ArrowRight", 39)
+    assert text_of(opened, "viewer-number") == "3 of 5"
+    after = grey(opened, "viewer-input")
+    assert not np.array_equal(before, after) and not opened.complaints
+    first = store.rows("test")[3]  # of the second subject
+    assert np.array_equal(before, shades(store.t1w[first + 1]))
+    assert np.array_equal(after, shades(store.t1w[first + 2]))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_blend_goes_from_the_stores_real_slice_to_the_translated_one(
+        opened, store, ckpt, direction):
+    """Of every slice of two subjects."""
+    source, target = ((store.t1w, store.t2w) if direction == "t1w-to-t2w"
+                      else (store.t2w, store.t1w))
+    net = checkpoint.load_generators(checkpoint.load(ckpt))[DIRECTIONS.index(direction)]
+    row = int(store.rows("test")[0])
+    for number, n in ((0, 3), (1, 5)):
+        for k in range(n):
+            choose(opened, number, k, 0, direction)
+            real = grey(opened, "viewer-result")
+            assert np.array_equal(real, shades(target[row]))
+            assert np.array_equal(grey(opened, "viewer-input"), shades(source[row]))
+            choose(opened, number, k, 100, direction)
+            made = grey(opened, "viewer-result")
+            with torch.no_grad():
+                fake = net(torch.from_numpy(source[row].astype(np.float32))[None, None])[0, 0]
+            assert np.abs(made - shades(fake.numpy())).max() <= 1
+            assert np.abs(made - real).max() > 20
+            row += 1
+    choose(opened, 1, 4, 50, direction)
+    assert np.abs(grey(opened, "viewer-result") - (real + made) / 2).max() <= 0.5
+    assert not opened.complaints
+
+
+def test_captions_and_the_error_map_are_of_the_slice_that_is_shown(opened, store, results, ckpt):
+    rows = [r for r in table(results / "slices.csv") if r["id"].endswith("06_ses-b")
+            and r["method"] == "model" and r["protocol"] == "brain"]
+    for direction in DIRECTIONS:
+        for k, r in enumerate(r for r in rows if r["direction"] == direction):
+            choose(opened, 3, k, 100, direction)
+            assert f"SSIM {r['ssim']:.3f}   PSNR {r['psnr_db']:.1f} dB" in text_of(
+                opened, "viewer-caption")
+            error = np.array(opened.pixels("viewer-error")).sum(axis=-1)
+            inside = store.mask(slice(int(r["row"]), int(r["row"]) + 1))[0]
+            assert not error[~inside].any() and (error[inside] > 0).mean() > 0.9
+        assert text_of(opened, "viewer-number") == "4 of 4"
+        target = {"t1w-to-t2w": "T2w", "t2w-to-t1w": "T1w"}[direction]
+        assert text_of(opened, "viewer-result-name") == f"{target} translated"
+
+
+def test_a_slider_moved_while_another_subject_loads_does_no_harm(opened):
+    choose(opened, 0, 0)
+    opened.run("""(() => { const at = name => document.getElementById('viewer-' + name);
+        at('subject').value = 1; at('subject').dispatchEvent(new Event('change'));
+        at('slice').value = 2; at('slice').dispatchEvent(new Event('input')); })()""")
+    opened.wait_for("document.getElementById('viewer-number').textContent === '3 of 5'")
+    assert not opened.complaints
 
 
 # ---------------------------------------------------------------------------------- refusals
