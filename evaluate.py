@@ -160,7 +160,7 @@ def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
     ValueError : the store was made otherwise than a checkpoint's, the split is empty, or it has
         subjects that a checkpoint was trained on
     """
-    split = "test" if args.bids else args.split
+    split = "test" if args.bids else args.split  # new scans are measured as a test is
     sessions = paired_subjects(store, split)
     if args.bids:  # slices/ may hold those of an earlier --bids, too
         trees = {bids.dataset_name(root) for root in args.bids}
@@ -174,8 +174,9 @@ def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
         seen = ({person(i) for i in trained["subjects"]["train"]}
                 & {person(s["id"]) for s in sessions})
         if seen and split != "train":
-            raise ValueError(f"{store.folder}: {min(seen)} is in the {split} split, but {path} was "
-                             "trained on it; measure on subjects that it never saw")
+            where = "among the scans in --bids" if args.bids else f"in the {split} split"
+            raise ValueError(f"{store.folder}: {min(seen)} is {where}, but {path} was trained on "
+                             "it; measure on subjects that it never saw")
     if not sessions:
         raise ValueError(f"{store.folder}: the {split} split has no subjects; name some with "
                          f"preprocess.py --{split}, or choose another --split")

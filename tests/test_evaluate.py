@@ -3,8 +3,13 @@
 import base64
 import csv
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +20,16 @@ from conftest import content
 from painted_store import write_store
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision.models import inception_v3
 
 import evaluate
 import train
 from data.store import SliceStore
+from losses.distribution import frechet_distance, kernel_distance
 from measuring import Method, copy_input, measure_session
 from models import checkpoint
 from models.baseline import LookUpTable
+from models.features import load_features
 from summary import best_median_worst, contrast_checks
 
 CPU = torch.device("cpu")
@@ -337,6 +345,167 @@ def test_the_table_is_printed_with_units(results):
     assert "t1w-to-t2w, Frechet distance: not measured: no weights" in printed
 
 
+# ------------------------------------------------------------------- comparison and distances
+
+
+@pytest.fixture(scope="module")
+def compared(store, ckpt, tmp_path_factory):
+    """Two checkpoints on the training split: the folder, both checkpoints, what was printed."""
+    run = tmp_path_factory.mktemp("other")
+    assert run_command(train.main, "--slices", store.folder, "--run", run / "run", *TINY,
+                       "--seed", 1, "--max-steps", 12, "--steps-per-epoch", 12, "--lr",
+                       0.002).code == 0
+    other = run / "run" / "last.pt"
+    out = run / "evaluation"
+    outcome = run_command(evaluate.main, "--ckpt", ckpt, other, "--slices", store.folder, "--out",
+                          out, "--split", "train", "--precision", "fp32", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    return out, ckpt, other, outcome.out
+
+
+def by_subject(rows, ckpt, direction, metric):
+    return {r["id"]: r[metric] for r in rows if r["ckpt"] == str(ckpt) and r["protocol"] == "brain"
+            and r["direction"] == direction}
+
+
+def test_checkpoints_are_compared_by_paired_differences_over_subjects(compared):
+    out, first, other, printed = compared
+    summary, rows = json.loads((out / "summary.json").read_text()), table(out / "subjects.csv")
+    found, = summary["others"]
+    assert summary["ckpt"] == str(first) and found["ckpt"] == str(other)
+    assert found["ckpt_sha256"] == checkpoint.fingerprint(other)
+    written = {(r["direction"], r["metric"]): r for r in table(out / "comparison.csv")}
+    assert len(written) == 2 * 8
+    for direction in DIRECTIONS:
+        assert list(found["difference"][direction]) == [
+            "ssim", "psnr_db", "mae", "ms_ssim", "ncc", "gradient_similarity",
+            "intensity_distance", "cycle_error"]
+        for metric, entry in found["difference"][direction].items():
+            a, b = (by_subject(rows, ckpt, direction, metric) for ckpt in (first, other))
+            assert list(a) == list(b) == ["painted_sub-01", "painted_sub-02"]
+            one, two = (b[person] - a[person] for person in a)
+            assert entry["mean"] == pytest.approx((one + two) / 2)
+            assert entry["sd"] == pytest.approx(abs(one - two) / 2 ** 0.5)
+            assert entry["ci95"] == pytest.approx(sorted((one, two)))  # a quarter each of resamples
+            # two signs: 2 of 4 are as far out as both alike, all as far as one of each
+            assert entry["p"] == (0.5 if one * two > 0 else 1.0) and entry["p_holm"] == 1.0
+            line = written[direction, metric]
+            assert line["ckpt"] == str(other)
+            assert [line[k] for k in ("mean", "sd", "low", "high", "p", "p_holm")] == [
+                entry["mean"], entry["sd"], *entry["ci95"], entry["p"], entry["p_holm"]]
+            assert found[direction]["brain"][metric]["mean"] == pytest.approx(
+                np.mean(list(b.values())))
+        assert found["difference"][direction]["ssim"]["mean"] != 0
+    assert "Comparison of checkpoints" in (out / "report.html").read_text()
+    assert (out / "comparison_1.svg").exists() and str(other) in printed
+
+
+def test_the_training_split_is_measured_by_name(compared):
+    out, *_ = compared
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["split"] == "train" and summary["n_slices"] == 8
+
+
+def test_a_comparison_of_before_does_not_stay(compared, store, tmp_path):
+    out, _, other, _ = compared
+    shutil.copytree(out, tmp_path / "e")
+    shutil.copy(other, tmp_path / "best.pt")  # as it was sent elsewhere: no metrics.jsonl beside it
+    names = {"comparison.csv", "comparison_1.png", "training.png", "training.svg"}
+    assert names <= set(content(tmp_path / "e"))
+    assert evaluated(tmp_path / "best.pt", store.folder, tmp_path / "e").code == 0
+    assert not names & set(content(tmp_path / "e"))
+    assert "No metrics.jsonl beside the checkpoint" in (tmp_path / "e/report.html").read_text()
+
+
+def test_distances_are_taken_in_the_features_of_the_given_weights(ckpt, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = inception_v3(weights=None, init_weights=False, transform_input=True)
+        for part in net.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.momentum = 1.0  # takes over the batch's own figures, else features fade to 0
+        with torch.no_grad():
+            net(torch.randn(2, 3, 299, 299))
+    torch.save(net.state_dict(), tmp_path / "inception.pth")
+    store = SliceStore(write_store(tmp_path / "slices", {"train": ["01"], "test": ["04", "05"]},
+                                   n_slices={"01": 2, "04": 1, "05": 2}))
+    outcome = evaluated(ckpt, store.folder, tmp_path / "e", "--features",
+                        tmp_path / "inception.pth")
+    assert outcome.code == 0, outcome.err
+    found = json.loads((tmp_path / "e" / "summary.json").read_text())["distribution"]
+    features = load_features(tmp_path / "inception.pth")
+    nets = checkpoint.load_generators(checkpoint.load(ckpt))
+    rows = store.rows("test")
+    t1w, t2w = (torch.from_numpy(a[rows].astype(np.float32))[:, None]
+                for a in (store.t1w, store.t2w))
+    for direction, net, source, target in zip(DIRECTIONS, nets, (t1w, t2w), (t2w, t1w)):
+        with torch.no_grad():
+            real, fake = (features((v + 1) / 2) for v in (target, net(source)))
+        assert found[direction]["Frechet distance"] == pytest.approx(
+            float(frechet_distance(real, fake)), rel=1e-3)
+        kernel = kernel_distance(real, fake, generator=torch.Generator().manual_seed(0))
+        assert found[direction]["kernel distance x 1000"] == pytest.approx(
+            1000 * float(kernel.mean), rel=1e-3)
+        value = found[direction]["Frechet distance"]
+        assert value > 0
+        assert f"{direction}, Frechet distance: {value:.4g}" in outcome.out
+        assert f"<td>{value:.4g}</td>" in (tmp_path / "e" / "report.html").read_text()
+
+
+# -------------------------------------------------------------- the ceiling, many processes
+
+
+def test_the_ceiling_is_a_row_that_is_trained_once(ckpt, store, tmp_path):
+    out = tmp_path / "e"
+    assert evaluated(ckpt, store.folder, out, "--ceiling").code == 0
+    summary = json.loads((out / "summary.json").read_text())
+    nets = checkpoint.load_generators(checkpoint.load(out / "ceiling.pt"))
+    person, = (s for s in store.subjects if s["id"] == "painted_sub-04")
+    records, _ = measure_session(store, person, [Method("ceiling", dict(zip(DIRECTIONS, nets)))],
+                                 CPU)
+    wanted = np.mean([r["ssim"] for r in records if r["direction"] == "t1w-to-t2w"
+                      and r["protocol"] == "brain"])
+    found, = (r["ssim"] for r in table(out / "subjects.csv") if r["id"] == "painted_sub-04"
+              and (r["method"], r["protocol"], r["direction"]) == ("ceiling", "brain",
+                                                                   "t1w-to-t2w"))
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert set(summary["t1w-to-t2w"]["ceiling"]) == {"brain", "slice", "box", "volume"}
+    assert "ceiling: paired training" in (out / "report.html").read_text()
+    before = (out / "ceiling.pt").stat().st_mtime_ns
+    assert evaluated(ckpt, store.folder, out, "--ceiling").code == 0
+    assert (out / "ceiling.pt").stat().st_mtime_ns == before
+    (out / "ceiling.pt").write_bytes(ckpt.read_bytes())
+    outcome = evaluated(ckpt, store.folder, out, "--ceiling")
+    assert outcome.code == 2 and "ceiling.pt: is not the ceiling" in outcome.complaint
+
+
+def test_under_torchrun_all_files_are_the_same_to_the_byte(ckpt, tmp_path, monkeypatch):
+    """Two sessions among three processes: they are shared out, and one process has none."""
+    splits = {"train": ["01"], "test": ["04", "05"]}
+    write_store(tmp_path / "slices", splits, n_slices={"01": 2, "04": 3, "05": 5})
+    options = ["--ckpt", "run/best.pt", "--slices", "../slices", "--out", "out", "--device", "cpu",
+               "--precision", "fp32", "--batch-size", "2"]
+    for name in ("alone", "many"):
+        shutil.copytree(ckpt.parent, tmp_path / name / "run")
+    root = Path(evaluate.__file__).parent
+    done = subprocess.run(
+        [sys.executable, root / "torchrun.py", "--standalone", "--nproc-per-node=3",
+         root / "evaluate.py", *options], cwd=tmp_path / "many", capture_output=True, text=True,
+        timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("2 subjects, 8 slices") == 1
+    monkeypatch.chdir(tmp_path / "alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as torchrun gives: sums are rounded by their order
+    try:
+        assert run_command(evaluate.main, *options).code == 0
+    finally:
+        torch.set_num_threads(threads)
+    alone, many = (content(tmp_path / name / "out") for name in ("alone", "many"))
+    assert alone == many
+    assert {"summary.json", "subjects.csv", "slices.csv", "report.html"} <= set(alone)
+
+
 # --------------------------------------------------------------------------------- a browser
 
 
@@ -448,6 +617,72 @@ def test_a_slider_moved_while_another_subject_loads_does_no_harm(opened):
     assert not opened.complaints
 
 
+# ---------------------------------------------------------------------------------- new scans
+
+
+@pytest.fixture(scope="module")
+def trained_on_heads(small_store, tmp_path_factory):
+    """A checkpoint trained on `small_store`, that is on sub-01 to sub-03 of the tree `heads`."""
+    run = tmp_path_factory.mktemp("heads") / "run"
+    assert run_command(train.main, "--slices", small_store, "--run", run, *TINY,
+                       "--max-steps", 1).code == 0
+    return run / "best.pt"
+
+
+def test_new_scans_go_through_the_checkpoints_own_pipeline(
+        trained_on_heads, small_store, small_tree, tmp_path):
+    """The test subject's scans, in a tree of their own, give the figures of the store's test."""
+    root = tmp_path / "new"
+    shutil.copytree(small_tree / "sub-05", root / "sub-05")
+    shutil.copytree(small_tree / "sub-05", root / "sub-06")
+    (root / "sub-06" / "anat" / "sub-05_T2w.nii.gz").unlink()  # no pair: left out
+    assert evaluated(trained_on_heads, small_store, tmp_path / "known").code == 0
+    outcome = evaluated(trained_on_heads, small_store, tmp_path / "e", "--bids", root)
+    assert outcome.code == 0, outcome.err
+    known, found = (json.loads((tmp_path / name / "summary.json").read_text())
+                    for name in ("known", "e"))
+    assert found["subjects"] == ["new_sub-05"] and found["split"] == "bids"
+    for direction in DIRECTIONS:  # floor, look-up table (of the training slices) and model
+        assert found[direction] == known[direction] and "table" in found[direction]
+    assert SliceStore(tmp_path / "e" / "slices").header["size"] == 48
+    assert "1 subjects" in outcome.out and "new scans" in outcome.out
+    # another tree into the same folder: only that one is measured
+    shutil.copytree(small_tree / "sub-04", tmp_path / "newer" / "sub-04")
+    outcome = evaluated(trained_on_heads, tmp_path / "none", tmp_path / "e", "--bids",
+                        tmp_path / "newer")
+    assert outcome.code == 0, outcome.err
+    found = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert found["subjects"] == ["newer_sub-04"]
+    # and without the training slices there is no table, which is said
+    said = "look-up table not measured: no training slices like the checkpoint's"
+    assert "table" not in found["t1w-to-t2w"] and said in outcome.out
+    assert said in (tmp_path / "e" / "report.html").read_text().replace("&#x27;", "'")
+
+
+def test_new_scans_of_a_subject_that_was_trained_on_are_refused(
+        trained_on_heads, small_store, small_tree, tmp_path):
+    outcome = evaluated(trained_on_heads, small_store, tmp_path / "e", "--bids", small_tree)
+    assert outcome.code == 2
+    assert "heads_sub-01 is among the scans in --bids, but" in outcome.complaint
+    assert not (tmp_path / "e" / "summary.json").exists()
+
+
+def test_the_ceiling_of_new_scans_needs_the_training_slices(
+        trained_on_heads, small_store, small_tree, tmp_path):
+    shutil.copytree(small_tree / "sub-05", tmp_path / "new" / "sub-05")
+    outcome = evaluated(trained_on_heads, tmp_path / "none", tmp_path / "e", "--bids",
+                        tmp_path / "new", "--ceiling")
+    assert outcome.code == 2 and "name their store with --slices" in outcome.complaint
+
+
+def test_scans_that_preprocessing_refuses_are_one_error_more(trained_on_heads, store, tmp_path):
+    (tmp_path / "empty").mkdir()
+    outcome = evaluated(trained_on_heads, store.folder, tmp_path / "e", "--bids",
+                        tmp_path / "empty")
+    assert outcome.code == 2
+    assert "preprocess.py ended with exit code 2, see above" in outcome.complaint
+
+
 # ---------------------------------------------------------------------------------- refusals
 
 
@@ -463,11 +698,6 @@ def test_another_session_of_a_trained_subject_is_refused_too(ckpt, tmp_path):
     slices = write_store(tmp_path / "slices", {"train": ["04"], "test": ["02_ses-2"]}, n_slices=3)
     outcome = evaluated(ckpt, slices, tmp_path / "e")
     assert outcome.code == 2 and "painted_sub-02 is in the test split" in outcome.complaint
-
-
-def test_the_training_split_can_be_measured_by_name(ckpt, store, tmp_path):
-    assert evaluated(ckpt, store.folder, tmp_path / "e", "--split", "train").code == 0
-    assert json.loads((tmp_path / "e" / "summary.json").read_text())["split"] == "train"
 
 
 def test_an_empty_split_is_refused_with_a_cure(ckpt, tmp_path):
@@ -506,6 +736,9 @@ def test_a_checkpoint_or_store_that_is_none_is_one_error(ckpt, store, tmp_path):
     (["--batch-size", 0], "--batch-size 0"), (["--split", "all"], "invalid choice"),
     (["--device", "tpu"], "--device tpu"), (["--precision", "fp16"], "needs a CUDA device"),
     (["--seed", -1], "--seed -1"), (["--batch", 4], "unrecognized arguments: --batch 4"),
+    (["--brain-extraction", "none"], "--brain-extraction: goes with --bids"),
+    (["--features", "none.pth"], "none.pth: no such file of weights"),
+    (["--ckpt", "a.pt", "b.pt", "a.pt"], "--ckpt: one is named twice"),
 ])
 def test_options_that_cannot_work_are_one_error(ckpt, store, tmp_path, options, said):
     outcome = evaluated(ckpt, store.folder, tmp_path / "e", *options)
