@@ -168,6 +168,20 @@ def test_the_table_of_subjects_has_the_means_of_their_slices(results):
     assert len(slices) == 6 and found == [pytest.approx(np.mean(slices))]
 
 
+def test_what_too_few_slices_cannot_give_is_absent_and_never_nan(results):
+    """Each session here has fewer slices than a window of 3-D SSIM."""
+    summary = json.loads((results / "summary.json").read_text())
+    rows = [r for r in table(results / "subjects.csv") if r["protocol"] == "volume"]
+    assert len(rows) == 3 * 2 * 3
+    for r in rows:
+        assert r["ssim"] == "" and r["mae"] == "" and r["psnr_db"] > 0
+    for direction in DIRECTIONS:
+        for part in (summary[direction], summary[direction]["table"]):
+            assert set(part["volume"]) == {"psnr_db", "slice_consistency"}
+    for name in ("summary.json", "subjects.csv", "slices.csv", "printed.txt"):
+        assert "nan" not in (results / name).read_text().lower()
+
+
 def test_the_same_command_writes_the_same_bytes(results, ckpt, store, tmp_path):
     assert evaluated(ckpt, store.folder, tmp_path / "e", "--batch-size", 2).code == 0
     again, before = content(tmp_path / "e"), content(results)
