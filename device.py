@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch import Tensor
 import console
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MEETING_S = 300.0  # for the processes of a group to find each other: some machines start slowly
 
 
 def choose_device(name: str, index: int = 0) -> torch.device:
@@ -152,27 +154,67 @@ def start_process(device: str) -> Process:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     if "RANK" in os.environ:  # a group of one, too: then it is the same program as with many
-        store = _own_store(world)
+        store = _own_store(rank, world)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
                                 device_id=where if on_gpu else None, store=store,
                                 rank=rank if store else -1, world_size=world if store else -1)
     return Process(rank, world, where)
 
 
-def _own_store(world: int) -> dist.Store | None:
+def _own_store(rank: int, world: int) -> dist.Store | None:
     """Where this group finds itself under torchrun: torchrun's own store, below a fresh prefix.
 
-    torchrun keeps one store for all its restarts (seen with torch 2.14), with the addresses of the
-    processes of before in it: who reads one of them in place of the new one waits for ever.
+    torchrun keeps one store for all its restarts (seen with torch 2.14), with the addresses of dead
+    processes in it: who reads one of them in place of the new one waits for ever.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                          is_master=False, timeout=timedelta(minutes=5))
-    # A failure raises the count of restarts; members that come and go do not, so count them.
-    where = f"group/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"
-    turn = (store.add(f"{where}/arrived", 1) - 1) // world
-    return dist.PrefixStore(f"{where}/{turn}", store)
+                          is_master=False, timeout=timedelta(seconds=MEETING_S))
+    return dist.PrefixStore(f"group/{meet(store, rank, world)}", store)
+
+
+def meet(store: dist.Store, rank: int, world: int, patience_s: float = MEETING_S) -> str:
+    """Agree on a name with the other processes that were started together with this one.
+
+    Nothing in the environment tells one start from the next: machines count their restarts apart
+    (only the one whose worker failed counts it). So every process has a name of its own, and rank 0
+    invites whoever it finds into its group until each rank has answered; names of dead processes
+    are invited, too, and never answer.
+
+    Parameters
+    ----------
+    store : which all of them reach, and others before them
+    rank, world : this process among them
+
+    Raises
+    ------
+    TimeoutError : the others have not come in time
+    """
+    mine, group = uuid.uuid4().hex, ""
+    invited: set[str] = set()
+    until = time.monotonic() + patience_s
+    if rank:
+        store.set(f"here/{rank}", mine)
+    while time.monotonic() < until:
+        if rank:
+            if store.check([f"invited/{mine}"]):
+                group = store.get(f"invited/{mine}").decode()
+                store.set(f"joined/{group}/{rank}", "")
+            if group and store.check([f"complete/{group}"]):
+                return group
+        else:
+            found = [store.get(key).decode() for key in (f"here/{r}" for r in range(1, world))
+                     if store.check([key])]
+            for name in set(found) - invited:
+                store.set(f"invited/{name}", mine)
+                invited.add(name)
+            if all(store.check([f"joined/{mine}/{r}"]) for r in range(1, world)):
+                store.set(f"complete/{mine}", "")
+                return mine
+        time.sleep(0.02)
+    raise TimeoutError(f"process {rank} of {world}: the others were not there after "
+                       f"{patience_s:.0f} s")
 
 
 def _end_with_parent() -> None:

@@ -1,13 +1,16 @@
 """Tests of device.py; what needs several processes is in test_train.py."""
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 
-from device import (Process, autocast, choose_device, choose_precision, first_speaks, random_state,
-                    set_random_state, start_process)
+from device import (Process, autocast, choose_device, choose_precision, first_speaks, meet,
+                    random_state, set_random_state, start_process)
 
 CPU = torch.device("cpu")
 
@@ -59,6 +62,49 @@ def test_without_torchrun_a_process_is_alone():
     assert process.gather("a") == ["a"]
     assert torch.equal(process.mean(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
     assert process.any(True, False) == [True, False]
+
+
+@pytest.fixture
+def connect():
+    """Open connections to one store on loopback, as torchrun keeps it over its restarts."""
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+    def client():
+        return torch.distributed.TCPStore("localhost", server.port, is_master=False,
+                                          timeout=timedelta(seconds=20))
+    yield client
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_processes_that_start_together_meet_whatever_was_there_before_them(connect, order):
+    names = []
+    for _ in range(3):  # restarts, each with the traces of those before in the store
+        with ThreadPoolExecutor(3) as pool:
+            asked = []
+            for rank in order:
+                asked.append(pool.submit(meet, connect(), rank, 3, 20))
+                time.sleep(0.05)
+            found = {a.result() for a in asked}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3, "each start has a name of its own"
+
+
+def test_a_process_that_died_while_it_waited_is_not_taken_for_its_successor(connect):
+    with pytest.raises(TimeoutError, match="process 1 of 2: the others were not there"):
+        meet(connect(), 1, 2, 0.1)
+    with pytest.raises(TimeoutError, match="process 0 of 2"):  # invites the dead one, in vain
+        meet(connect(), 0, 2, 0.3)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(meet, connect(), rank, 2, 20) for rank in (0, 1))
+        assert first.result() == second.result()
+
+
+def test_another_number_of_processes_meets_as_well(connect):
+    for world in (3, 1, 2):
+        with ThreadPoolExecutor(world) as pool:
+            asked = [pool.submit(meet, connect(), rank, world, 20) for rank in range(world)]
+            assert len({a.result() for a in asked}) == 1
 
 
 def test_errors_pass_through_where_this_process_is_the_first():

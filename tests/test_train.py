@@ -819,10 +819,10 @@ def test_a_second_run_in_one_folder_is_turned_away(run, tmp_path, monkeypatch):
     assert run("--max-steps", 2).code == 0
 
 
-def torchrun(slices, folder, *options, restarts=0):
+def torchrun(slices, folder, *options, restarts=0, machines=("--standalone", "--nproc-per-node=2")):
     return subprocess.Popen(
-        [sys.executable, "torchrun.py", "--standalone", "--nproc-per-node=2",
-         f"--max-restarts={restarts}", "--monitor-interval=0.2", "train.py", "--slices", slices,
+        [sys.executable, "torchrun.py", *machines, f"--max-restarts={restarts}",
+         "--monitor-interval=0.2", "train.py", "--slices", slices,
          "--run", folder, *TINY, "--steps-per-epoch", "40", "--epochs", "2", "--epochs-decay",
          "2", "--save-minutes", "0.01", "--log-every", "10", *options],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -865,6 +865,30 @@ def test_a_killed_worker_restarts_the_group_and_a_killed_torchrun_leaves_nobody(
     assert checkpoint.load(run / "last.pt", resume=True)["step"] == 160
     assert [r["step"] for r in records(run, "validation")] == [40, 80, 120, 160]
     assert (run / "log.txt").read_text().count("going on from") >= 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_two_machines_begin_again_when_a_worker_of_one_is_killed(slices, tmp_path):
+    """Only the machine of the killed worker counts a restart, the other one just starts again."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    run, machines = tmp_path / "run", (
+        "--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=two",
+        f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=5")
+    both = [torchrun(slices, run, restarts=3, machines=machines) for _ in range(2)]
+    try:
+        for turn, step in ((0, 20), (1, 70)):
+            wait_for_step(run, step, both[0])
+            os.kill(workers_of(both[turn])[0], signal.SIGKILL)
+        said = [process.communicate(timeout=240)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
+    assert checkpoint.load(run / "last.pt", resume=True)["step"] == 160
+    assert [r["step"] for r in records(run, "validation")] == [40, 80, 120, 160]
+    assert (run / "log.txt").read_text().count("going on from") == 2
 
 
 def test_the_signal_handlers_of_before_come_back(run):
