@@ -38,6 +38,7 @@ import console
 import health
 from config import TrainConfig, parse_args, plain
 from data.augment import flip_left_right
+from data.contrast import training_figures
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
 from data.store import SliceStore, write_atomically
 from device import (Process, autocast, choose_precision, first_speaks, peak_memory_gib,
@@ -561,6 +562,8 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
           process: Process) -> int:
     """Set up, go through the loop, say how it ended; returns the exit code."""
     run, record = Path(config.run), preprocessing_record(store)
+    if process.is_main:  # for translate.py, which says where a volume is unlike these
+        record["training"] = training_figures(store)
     loader = UnpairedBatches(store, batch_size=config.batch_size, seed=config.seed,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
                              world=process.world, strict=config.strict_unpaired)

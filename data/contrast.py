@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from data.store import SliceStore
 
@@ -26,7 +25,7 @@ RIM_MINUS_DEEP = (-0.06, -0.03)  # T1w below, T2w above; intensities in [0, 1]
 # Training subjects may be few and alike, so their scatter counts as at least LEAST_SD.
 LEAST_SD, MOST_SDS = 0.04, 4.0
 SIZE_ROOM = 1.2  # brains and spacings this much beyond those of training are far
-MOST_SUBJECTS = 100  # of a training split are looked at
+MOST_SUBJECTS = 24  # of a training split are looked at: a training begins with it
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ def measure(slices: np.ndarray, mask: np.ndarray, spacing_mm: tuple[float, float
     mask : (n, H, W) bool, its brain
     spacing_mm : from slice to slice, and of a pixel
     """
+    from scipy import ndimage  # a training starts without it
+
     hits = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     box = tuple(slice(max(hit[0] - 1, 0), hit[-1] + 2) for hit in hits)  # all else costs time
     slices, mask = slices[box], mask[box]
@@ -115,7 +116,7 @@ def training_figures(store: SliceStore) -> dict[str, Any]:
             record[name] = {"mean": [float(v) for v in table.mean(axis=0).round(4)],
                             "sd": [float(v) for v in table.std(axis=0).round(4)]}
     for column in ("brain_ml", "slice_spacing_mm"):
-        values = [float(s[column]) for s in subjects]
+        values = [float(s[column]) for s in subjects if s.get(column)]
         if values:
             record[column] = [min(values), max(values)]
     return record

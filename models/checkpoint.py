@@ -114,9 +114,10 @@ def load_generators(state: dict[str, Any],
     config = state["config"]
     nets = []
     for name in ("G", "F"):
-        net = ResnetGenerator(config["features"], config["blocks"], config["upsample"])
+        with torch.device("meta"):  # no first weights are drawn, they would be thrown away
+            net = ResnetGenerator(config["features"], config["blocks"], config["upsample"])
         try:
-            net.load_state_dict(state["ema"][name])
+            net.load_state_dict(state["ema"][name], assign=True)
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"checkpoint's weights of {name} do not fit its config: "
                              f"{str(error).splitlines()[0]}") from None

@@ -327,7 +327,8 @@ def test_several_workers_hold_a_bounded_number_of_subjects_on_disk(archive, tmp_
         nonlocal most
         for arrival in finish(*arguments):
             # os.walk bears with folders that go while it looks, rglob does not
-            on_disk = {folder for folder, _, files in os.walk(tmp_path / "downloads")
+            on_disk = {Path(folder).relative_to(tmp_path / "downloads").parts[:2]  # a subject
+                       for folder, _, files in os.walk(tmp_path / "downloads")
                        if any(name.endswith("w.nii.gz") for name in files)}
             most = max(most, len(on_disk))
             yield arrival

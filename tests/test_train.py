@@ -891,6 +891,17 @@ def test_two_machines_begin_again_when_a_worker_of_one_is_killed(slices, tmp_pat
     assert (run / "log.txt").read_text().count("going on from") == 2
 
 
+def test_a_checkpoint_says_what_its_training_subjects_were_like(run, slices, tmp_path):
+    run("--max-steps", 1)
+    record = checkpoint.load(tmp_path / "run" / "best.pt")["preprocessing"]["training"]
+    store = SliceStore(slices)
+    first = np.concatenate([((store.t1w[rows].astype(np.float32) + 1) / 2)[store.mask(rows)][None]
+                            for rows in [store.rows("train")[:6]]])
+    assert record["subjects"] == 3 and len(record["t1w"]["mean"]) == len(record["percentiles"])
+    median = record["percentiles"].index(50)
+    assert abs(np.median(first) - record["t1w"]["mean"][median]) < 0.1
+
+
 def test_the_signal_handlers_of_before_come_back(run):
     def mine(*_):
         pass
