@@ -24,7 +24,8 @@ demo: $(INSTALLED)
 	$(RUN) preprocess.py --simulate 10 --seed 0 --size 96 --spacing 2 --downloads $(DEMO) --out $(DEMO)/slices
 	$(RUN) train.py --slices $(DEMO)/slices --run $(DEMO)/model --seed 0 --features 24 --blocks 4 \
 	  --steps-per-epoch 150 --epochs 5 --epochs-decay 3
-	$(RUN) evaluate.py --ckpt $(DEMO)/model/best.pt --slices $(DEMO)/slices --out $(DEMO)/evaluation
+	$(RUN) evaluate.py --ckpt $(DEMO)/model/best.pt --slices $(DEMO)/slices --out $(DEMO)/evaluation \
+	  --tissues $(DEMO)/simulated-seed0
 	$(RUN) translate.py --ckpt $(DEMO)/model/best.pt --out $(DEMO)/translated \
 	  $(DEMO)/simulated-seed0/sub-sim001/anat/sub-sim001_T1w.nii.gz
 	@echo

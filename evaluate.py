@@ -35,6 +35,7 @@ from ceiling import train_ceiling
 from data import bids, brain
 from data.slices import paired_slices, paired_subjects
 from data.store import SPLITS, SliceStore, read_skipped, write_atomically
+from data.tissues import find_tissues, tissue_slices
 from device import PRECISIONS, Process, autocast, choose_precision, first_speaks, start_process
 from measuring import (CEILING, DIRECTIONS, METHODS, METRICS, MODEL, PROTOCOLS, TABLE, Method,
                        Record, Translate, copy_input, in_batches, measure_session, over_slices,
@@ -74,6 +75,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="also train nets of the first checkpoint's size on pairs, for as many "
                              "slices (takes about a third of its training; kept as ceiling.pt in "
                              "--out)")
+    beside.add_argument("--tissues", type=Path, nargs="+", metavar="DIR",
+                        help="BIDS trees that the slices were made of, with maps of tissues "
+                             "(label-GM_probseg and so on): is CSF brighter than grey matter on "
+                             "T2w, and darker on T1w?")
     beside.add_argument("--features", type=Path, metavar="FILE",
                         help="weights of torchvision's Inception v3, for Frechet and kernel "
                              "distance")
@@ -108,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         process = start_process(args.device)
         store = prepare_store(args, states[0], process) if args.bids else SliceStore(args.slices)
         sessions = choose_sessions(store, states, args)
-        work = Evaluation(args, states, store, process)
+        work = Evaluation(args, states, store, process, sessions)
     measured = work.measure(sessions)
     if process.is_main:
         write_results(args, work, sessions, measured)
@@ -208,10 +213,11 @@ class Evaluation:
     states : the checkpoints
     store : whose slices are measured
     process : this one among those of torchrun
+    sessions : that will be measured
     """
 
     def __init__(self, args: argparse.Namespace, states: Sequence[dict[str, Any]],
-                 store: SliceStore, process: Process):
+                 store: SliceStore, process: Process, sessions: Sequence[dict[str, Any]]):
         self.args, self.states, self.store, self.process = args, states, store, process
         self.precision = choose_precision(args.precision, process.device)
         self.notes: list[str] = []
@@ -223,6 +229,10 @@ class Evaluation:
                         for path, state in zip(args.ckpt, states)]
         self.methods += [copy_input(), *self._references()]
         self.features = load_features(args.features, process.device) if args.features else None
+        self.tissues = find_tissues(args.tissues or (), sessions)
+        if args.tissues and len(self.tissues) < len(sessions):
+            self.notes.append(f"contrast order measured on {len(self.tissues)} of {len(sessions)} "
+                              "sessions; of the others there are no maps of tissues in --tissues")
 
     def _translators(self, kind: str, state: dict[str, Any], ckpt: str = "") -> Method:
         device = self.process.device
@@ -279,8 +289,10 @@ class Evaluation:
 
     def _measure(self, session: dict[str, Any]) -> Measured:
         device, batch_size = self.process.device, self.args.batch_size
+        known = self.tissues.get(session["id"])
+        tissues = torch.from_numpy(tissue_slices(self.store, session, *known)) if known else None
         records, translated = measure_session(self.store, session, self.methods, device,
-                                              batch_size)
+                                              batch_size, tissues)
         counts, features = {}, {}
         for direction, (_, real, fake, mask) in self.beside(session, translated).items():
             counts[direction] = np.stack([np.histogram(v[mask].numpy(), BINS, (0, 1))[0]
@@ -362,11 +374,11 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     write_atomically(args.out / "summary.json", (text + "\n").encode())
     main, others = ("ssim", "psnr_db", "mae"), ("ms_ssim", "ncc", "gradient_similarity",
                                                 "intensity_distance", "cycle_error")
+    volumes = ("ssim", "psnr_db", "slice_consistency", *(["contrast_order"] * bool(work.tissues)))
     page = evaluation_page(
         summary, {"In the brain": table(summary, ["brain"], main, "\n"),
                   "Other figures in the brain": table(summary, ["brain"], others, "\n"),
-                  "Volumes": table(summary, ["volume"], ("ssim", "psnr_db", "slice_consistency"),
-                                   "\n"),
+                  "Volumes": table(summary, ["volume"], volumes, "\n"),
                   "Protocols of other papers": table(summary, ["slice", "box"], main, "\n")},
         pictures, view(work, sessions, records, best), state, alarms, rows)
     write_atomically(args.out / "report.html", page.encode())

@@ -21,6 +21,7 @@ from torch import Tensor
 from data.slices import paired_slices
 from data.store import SliceStore
 from losses import quality, volume_quality
+from losses.contrast import contrast_order
 
 DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
 BACK = {"t1w-to-t2w": "t2w-to-t1w", "t2w-to-t1w": "t1w-to-t2w"}
@@ -29,6 +30,7 @@ PROTOCOLS = ("brain", "slice", "box", "volume")
 MODEL, FLOOR, TABLE, CEILING = "model", "floor", "table", "ceiling"
 METHODS = {MODEL: "translated", FLOOR: "floor: copied input", TABLE: "look-up table",
            CEILING: "ceiling: paired training"}
+PURE = 0.9  # share of a voxel from which it counts as of one tissue
 PSNR_CAP_DB = 100.0  # of slices that agree to the last bit: infinity has no mean
 
 
@@ -60,6 +62,7 @@ METRICS = {
     "intensity_distance": Metric("intensity distance", 4, False),
     "cycle_error": Metric("cycle error", 4, False),
     "slice_consistency": Metric("slice consistency", 3, None, ("volume",)),
+    "contrast_order": Metric("contrast order", 2, True, ("volume",)),
 }
 Record = dict[str, Any]  # one slice or session under one protocol: ids, then metrics
 Translate = Callable[[Tensor], Tensor]  # slices (N, 1, H, W) in [-1, 1] to translations alike
@@ -97,8 +100,8 @@ def copy_input() -> Method:
 
 
 def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterable[Method],
-                    device: torch.device,
-                    batch_size: int = 16) -> tuple[list[Record], dict[str, Tensor]]:
+                    device: torch.device, batch_size: int = 16,
+                    tissues: Tensor | None = None) -> tuple[list[Record], dict[str, Tensor]]:
     """Measure every slice of a session and their volume, both ways, for each method.
 
     Parameters
@@ -106,6 +109,7 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
     store, session : one row of its `subjects.tsv`
     methods : what translates
     device : where the figures are computed
+    tissues : (n, 3, H, W) shares of grey matter, white matter and CSF in its slices, if known
 
     Returns
     -------
@@ -145,7 +149,8 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
                                         "row": session["first_row"] + first + i,
                                         **{name: float(v[i]) for name, v in values.items()}})
             records.append({**ids, "protocol": "volume", "row": None,
-                            **measure_volume(fake, target, mask, device)})
+                            **measure_volume(fake, target, mask, device),
+                            **measure_order(fake, tissues, DIRECTIONS[direction][1])})
     for record in records:
         record["psnr_db"] = min(record["psnr_db"], PSNR_CAP_DB)
     return records, translated
@@ -191,6 +196,22 @@ def measure_volume(fake: Tensor, target: Tensor, mask: Tensor,
         if math.isfinite(ratio):  # else the real volume does not change at all
             figures["slice_consistency"] = ratio
     return figures
+
+
+def measure_order(fake: Tensor, tissues: Tensor | None, contrast: str) -> dict[str, float]:
+    """Whether a session's tissues are as bright as they should be: 1 or 0, {} where not known.
+
+    Parameters
+    ----------
+    fake : (N, 1, H, W)
+    tissues : (N, 3, H, W) shares; voxels of one tissue alone are looked at
+    contrast : "T1w" or "T2w", what it was translated into
+    """
+    if tissues is None:
+        return {}
+    volume, shares = fake.transpose(0, 1)[None], tissues.transpose(0, 1)[None]
+    right = float(contrast_order(volume, shares > PURE, contrast).is_right)
+    return {} if math.isnan(right) else {"contrast_order": right}
 
 
 # -------------------------------------------------------------------------------- put together

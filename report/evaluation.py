@@ -16,8 +16,9 @@ PROTOCOLS_NOTE = (
     "mask. Images in [0, 1], data range 1. Floor: the input itself taken for the translation. "
     "Look-up table: the best that each pixel's intensity alone can tell, fitted on the training "
     "subjects. Slice consistency: differences between neighbouring slices as a share of the real "
-    "volume's, 1 is best. Intensity distance: Wasserstein-1 between the histograms in the brain. "
-    "Cycle error: mean distance of the slice translated there and back."
+    "volume's, 1 is best. Contrast order: share of subjects whose CSF, grey and white matter are "
+    "in T2w's order of brightness, or T1w's. Intensity distance: Wasserstein-1 between the "
+    "histograms in the brain. Cycle error: mean distance of the slice translated there and back."
 )
 LIMITS = (
     "Slices are translated one by one, so neighbours may differ in brightness; lesions can fade or "

@@ -6,6 +6,7 @@ bottom all differ. The brain has 1.2 to 1.6 litres.
 """
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -126,6 +127,26 @@ def small_store(small_tree, tmp_path_factory):
                             "--spacing", "4", "--brain-extraction", "none", "--workers", "0",
                             "--val", "04", "--test", "05"]) == 0
     return out
+
+
+# signals of painted T1w scans that are of one tissue
+TISSUES = {"CSF": (1, 400), "GM": (400, 750), "WM": (750, 2000)}
+
+
+@pytest.fixture
+def segmented_tree(small_tree, tmp_path):
+    """A copy of `small_tree` with maps of the tissues of its subjects 04 and 05."""
+    tree = tmp_path / "heads"
+    shutil.copytree(small_tree, tree)
+    for label in ("sub-04", "sub-05"):
+        scan = nib.load(tree / label / "anat" / f"{label}_T1w.nii.gz")
+        values, folder = scan.get_fdata(), tree / "derivatives" / "painted" / label / "anat"
+        folder.mkdir(parents=True)
+        for name, (low, high) in TISSUES.items():
+            share = nib.Nifti1Image(((values >= low) & (values < high)).astype(np.uint8),
+                                    scan.affine)
+            share.to_filename(folder / f"{label}_label-{name}_probseg.nii.gz")
+    return tree
 
 
 def content(folder):

@@ -2,7 +2,6 @@
 
 import shutil
 
-import nibabel as nib
 import numpy as np
 import pytest
 
@@ -10,23 +9,11 @@ from data.bids import find_subjects
 from data.store import SliceStore
 from data.tissues import LABELS, find_tissues, tissue_slices
 
-BETWEEN = {"CSF": (1, 400), "GM": (400, 750), "WM": (750, 2000)}  # signals of painted T1w scans
-
 
 @pytest.fixture
-def segmented(small_tree, small_store, tmp_path):
+def segmented(segmented_tree, small_store):
     """A store, and the tree that it was made of with maps of two subjects' tissues."""
-    tree = tmp_path / "heads"
-    shutil.copytree(small_tree, tree)
-    for label in ("sub-04", "sub-05"):
-        scan = nib.load(tree / label / "anat" / f"{label}_T1w.nii.gz")
-        values, folder = scan.get_fdata(), tree / "derivatives" / "painted" / label / "anat"
-        folder.mkdir(parents=True)
-        for name, (low, high) in BETWEEN.items():
-            share = nib.Nifti1Image(((values >= low) & (values < high)).astype(np.uint8),
-                                    scan.affine)
-            share.to_filename(folder / f"{label}_label-{name}_probseg.nii.gz")
-    return SliceStore(small_store), tree
+    return SliceStore(small_store), segmented_tree
 
 
 def test_shares_lie_where_the_scans_show_the_tissues(segmented):

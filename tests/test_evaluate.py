@@ -23,8 +23,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.models import inception_v3
 
 import evaluate
+import measuring
 import train
 from data.store import SliceStore
+from data.tissues import find_tissues, tissue_slices
 from losses.distribution import frechet_distance, kernel_distance
 from measuring import Method, copy_input, measure_session
 from models import checkpoint
@@ -768,3 +770,32 @@ def test_results_go_beside_the_checkpoint_unless_told_otherwise(ckpt, store, tmp
     (tmp_path / "file").write_text("")
     outcome = evaluated(beside, store.folder, tmp_path / "file")
     assert outcome.code == 2 and "is a file; name a folder" in outcome.complaint
+
+
+def test_the_order_of_tissues_is_told_where_they_are_known(small_store, segmented_tree, tmp_path):
+    """Subject 05 has maps: its scans are in order, and a copied T1w is no T2w."""
+    run = tmp_path / "run"
+    assert run_command(train.main, "--slices", small_store, "--run", run, *TINY, "--max-steps", 1,
+                       "--steps-per-epoch", 1).code == 0
+    out = tmp_path / "evaluation"
+    outcome = evaluated(run / "best.pt", small_store, out, "--tissues", segmented_tree)
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((out / "summary.json").read_text())
+    for direction in DIRECTIONS:
+        assert summary[direction]["floor"]["volume"]["contrast_order"]["mean"] == 0
+        assert summary[direction]["volume"]["contrast_order"]["mean"] in (0, 1)
+    store = SliceStore(small_store)
+    row = next(s for s in store.subjects if s["split"] == "test")
+    known = find_tissues([segmented_tree], [row])[row["id"]]
+    shares = torch.from_numpy(tissue_slices(store, row, *known))
+    rows = slice(row["first_row"], row["first_row"] + row["n_slices"])
+    for name, scan in (("T1w", store.t1w), ("T2w", store.t2w)):
+        real = torch.from_numpy(scan[rows].astype(np.float32))[:, None]
+        assert measuring.measure_order(real, shares, name) == {"contrast_order": 1}
+    assert measuring.measure_order(real, None, "T2w") == {}
+    assert summary["notes"] == [] and "contrast order" in (out / "report.html").read_text()
+    other = evaluated(run / "best.pt", small_store, out, "--tissues", segmented_tree, "--split",
+                      "train")
+    assert "contrast order measured on 0 of 3 sessions" in other.out
+    missing = evaluated(run / "best.pt", small_store, out, "--tissues", tmp_path / "nowhere")
+    assert missing.code == 2 and "nowhere" in missing.complaint
