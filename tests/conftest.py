@@ -11,6 +11,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 # centre and half axes in mm, T1w and T2w signal; each is painted over those above it
 SCALP_TO_CSF = (
@@ -142,9 +143,10 @@ def segmented_tree(small_tree, tmp_path):
         scan = nib.load(tree / label / "anat" / f"{label}_T1w.nii.gz")
         values, folder = scan.get_fdata(), tree / "derivatives" / "painted" / label / "anat"
         folder.mkdir(parents=True)
+        inside = ndimage.binary_erosion(values > 0, iterations=3)  # the rim is a bit of everything
         for name, (low, high) in TISSUES.items():
-            share = nib.Nifti1Image(((values >= low) & (values < high)).astype(np.uint8),
-                                    scan.affine)
+            share = (values >= low) & (values < high) & inside
+            share = nib.Nifti1Image(share.astype(np.uint8), scan.affine)
             share.to_filename(folder / f"{label}_label-{name}_probseg.nii.gz")
     return tree
 
