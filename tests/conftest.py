@@ -6,7 +6,12 @@ bottom all differ. The brain has 1.2 to 1.6 litres.
 """
 
 import json
+import os
 import shutil
+
+# The nets of the tests are tiny: threads that share them wait for each other, ten times as long
+# where other programs want the cores. Read when torch is imported, and by child processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import nibabel as nib
 import numpy as np
