@@ -384,7 +384,8 @@ def _gradient_norms(t: Training, optimizer: str,
 
 
 @torch.no_grad()
-def validate(t: Training, store: SliceStore) -> dict[str, float]:
+def validate(t: Training, store: SliceStore,
+             stop: StopRequest | None = None) -> dict[str, float]:
     """Judge the averaged G and F on the paired validation subjects, in the brain (collective).
 
     SSIM, PSNR, correlation with the real target; distance to the input over the real target's
@@ -392,14 +393,15 @@ def validate(t: Training, store: SliceStore) -> dict[str, float]:
 
     Subjects are shared out among the processes and their figures gathered, so the result does not
     depend on how many there are. Mean over a subject's slices, then over subjects; {} without any,
-    and on other ranks than 0.
+    and on other ranks than 0. Left unfinished, so of no use, once `stop` is asked for.
     """
     subjects: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for session in paired_subjects(store, "val"):
         subjects.setdefault((session["dataset"], session["subject"]), []).append(session)
     rank, world = t.process.rank, t.process.world
     mine = [(i, _validate_subject(t, store, sessions))
-            for i, sessions in enumerate(subjects.values()) if i % world == rank]
+            for i, sessions in enumerate(subjects.values())
+            if i % world == rank and not (stop and stop.asked)]
     parts = dict(pair for part in t.process.gather(mine) for pair in part)
     figures = [parts[i] for i in sorted(parts)]
     names = figures[0] if figures else ()
@@ -661,7 +663,11 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
 
         # validate and save at the end of an epoch, or of the run
         t.check_finite()
-        figures = validate(t, store)
+        figures = validate(t, store, stop)
+        stopped = process.any(stop.asked)[0]
+        if stopped:  # the epoch is judged when the run goes on
+            _save_last(t, run)
+            break
         t.check_equal()
         run_log.record("validation", t.step, figures)
         watch(t, run_log, figures,

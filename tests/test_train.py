@@ -805,6 +805,29 @@ def test_a_run_stopped_at_an_epochs_last_step_is_validated_when_it_goes_on(slice
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 5
 
 
+def test_a_run_stopped_while_it_validates_ends_at_once_and_judges_later(
+        run, tmp_path, monkeypatch):
+    """The signal comes with the first of two subjects; the second one is not waited for."""
+    judge, judged = train._validate_subject, []
+
+    def interrupted(*arguments):
+        judged.append(judge(*arguments))
+        if len(judged) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return judged[-1]
+
+    monkeypatch.setattr(train, "_validate_subject", interrupted)
+    outcome = run("--max-steps", 10)
+    assert outcome.code == 1 and "stopped at step 5 of 10" in outcome.out and len(judged) == 1
+    assert records(tmp_path / "run", "validation") == []
+    assert run("--max-steps", 10).code == 0 and run("--max-steps", 10, folder="whole").code == 0
+    assert records(tmp_path / "run", "validation") == records(tmp_path / "whole", "validation")
+    whole, parts = (torch.load(tmp_path / f / "last.pt", weights_only=True)
+                    for f in ("whole", "run"))
+    for key in ("generators", "ema", "optimizers", "history", "sampler", "best"):
+        assert same(whole[key], parts[key], key) == ""
+
+
 def test_a_second_run_in_one_folder_is_turned_away(run, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     assert run("--max-steps", 1).code == 0
