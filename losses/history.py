@@ -34,7 +34,7 @@ class ImageHistory:
             raise ValueError(f"history size is {size}; must be 0 (off) or more")
         self.size = size
         self.count = 0
-        self._images: Tensor | None = None  # (size, 1, H, W) float32, from the first query on
+        self._images: Tensor | None = None  # (size + 1, 1, H, W) float32, from the first query on
         # On the CPU whatever the slices are on: reading a draw must not wait for the GPU.
         self._draws = torch.Generator().manual_seed(seed)
 
@@ -55,27 +55,64 @@ class ImageHistory:
         ValueError
             If the slices' shape is not that of the stored ones.
         """
+        source, slot = self.draw(len(images))
+        return self.exchange(images, source, slot)
+
+    __call__ = query
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draw what the next `count` slices are exchanged for; the random half of `query`.
+
+        Returns
+        -------
+        source : (count,) int64 on the CPU, what each slice gets back: below `size` a stored one,
+            else the new slice number `source - size`
+        slot : (count,) int64 on the CPU, where each new slice is stored; `size` where it is not
+        """
+        source, slot = (torch.arange(self.size, self.size + count) for _ in range(2))
+        slot.fill_(self.size)
+        if self.size:
+            # One number below 2 * size decides both: the lower half names a slot, the upper says
+            # new.
+            draws = torch.randint(2 * self.size, (count,), generator=self._draws).tolist()
+            holder: dict[int, int] = {}  # slot -> the slice of this batch that is in it
+            for row, drawn in enumerate(draws):
+                if self.count < self.size:
+                    holder[self.count] = row
+                    self.count += 1
+                elif drawn < self.size:
+                    source[row] = self.size + holder[drawn] if drawn in holder else drawn
+                    holder[drawn] = row
+            for place, row in holder.items():
+                slot[row] = place
+        return source, slot
+
+    def exchange(self, images: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+        """Give back and store slices as `draw` said; the half of `query` that a GPU does alone.
+
+        Parameters
+        ----------
+        images : as `query`
+        source, slot : of `draw`, on any device; on that of `images` nothing waits for them
+        """
         images = images.detach()
         if self.size == 0:
             return images
         stored = self._storage(images)
-        returned = images.clone()
-        # One number below 2 * size decides both: the lower half names a slot, the upper says new.
-        draws = torch.randint(2 * self.size, (len(images),), generator=self._draws).tolist()
-        for row, slot in enumerate(draws):
-            if self.count < self.size:
-                stored[self.count] = images[row]
-                self.count += 1
-            elif slot < self.size:
-                returned[row] = stored[slot]
-                stored[slot] = images[row]
-        return returned
-
-    __call__ = query
+        source, slot = source.to(images.device), slot.to(images.device)
+        new = images.float()
+        returned = torch.where((source < self.size)[:, None, None, None],
+                               stored[source.clamp(max=self.size)],
+                               new[(source - self.size).clamp(min=0)])
+        stored.index_copy_(0, slot, new)
+        return returned.to(images.dtype)
 
     def _storage(self, images: Tensor) -> Tensor:
-        """Return the stored slices on the device of `images`, made at the first call."""
-        shape = (self.size, *images.shape[1:])
+        """Return the stored slices on the device of `images`, made at the first call.
+
+        One row more than `size`: what is not stored is written there and never read.
+        """
+        shape = (self.size + 1, *images.shape[1:])
         if self._images is None:
             # float32 holds half precision exactly: a run resumed in another loses nothing.
             self._images = torch.zeros(shape, dtype=torch.float32, device=images.device)
@@ -109,7 +146,7 @@ class ImageHistory:
         self.count = int(state["count"])
         self._images = None
         if self.count:
-            self._images = images.new_zeros((self.size, *images.shape[1:]), dtype=torch.float32)
+            self._images = images.new_zeros((self.size + 1, *images.shape[1:]), dtype=torch.float32)
             self._images[:self.count] = images
         # A checkpoint mapped to a GPU brings the state along; a CPU generator takes CPU bytes only.
         self._draws.set_state(state["generator"].cpu())
