@@ -6,6 +6,7 @@ so a resumed run, or one on another number of processes, knows at once where it 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.store import SliceStore, split_value
+from data.store import RowReader, SliceStore, rows_of, spans_of, split_value
+
+BLOCK = 32  # pairs that a thread reads at once, at least: at batch 1 a handover costs as much
+# Up to so many slices a pass is shuffled as a whole (0.2 s, 16 MiB). Beyond, a place of the order
+# is computed when it is needed, so that a store of any size opens at once.
+SHUFFLED = 2 ** 22
+PART, ROUNDS = 2 ** 14, 6  # places computed at once; rounds of `scatter`
 
 
 class UnpairedBatches:
@@ -42,62 +49,144 @@ class UnpairedBatches:
 
     def __init__(self, store: SliceStore, *, batch_size: int, steps_per_epoch: int = 0,
                  seed: int = 0, rank: int = 0, world: int = 1, strict: bool = False) -> None:
-        self._store = store
-        self._rows = halves(store) if strict else (store.rows("train"),) * 2
+        spans = _half_spans(store) if strict else (
+            spans_of(s for s in store.subjects if s["split"] == "train"),) * 2
+        self._slices = tuple(_Spans(each) for each in spans)
         self._taken = batch_size * world
-        fewest = min(map(len, self._rows))
+        fewest = min(map(len, self._slices))
         if fewest < self._taken:
             raise ValueError(f"{store.folder}: the train split has {fewest} slices"
                              f"{' in one of its halves' if strict else ''}, a step of {world} x "
                              f"{batch_size} needs {self._taken}; take a smaller --batch-size")
+        self._readers = RowReader(store.t1w), RowReader(store.t2w)
+        self._shape = 1, *store.t1w.shape[1:]
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
         self._steps_a_pass = fewest // self._taken
         self.steps_per_epoch = steps_per_epoch or self._steps_a_pass
-        self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
+        self._orders: dict[tuple[int, int, int, int], np.ndarray] = {}
 
     def rows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows ((N,) for X, (N,) for Y) that this process sees in a step of an epoch."""
         turn, place = divmod(step, self._steps_a_pass)
         first = place * self._taken + self._rank * self._batch_size
-        x, y = (self._permutation(epoch, turn, domain)[first:first + self._batch_size]
+        x, y = (self._slices[domain].rows(self._places(epoch, turn, domain, first))
                 for domain in (0, 1))
         return x, y
 
-    def batches(self, epoch: int, first_step: int = 0,
-                workers: int = 1) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield real_x, real_y, each (N, 1, H, W) float32 in [-1, 1], from `first_step` to the end.
+    def batches(self, epoch: int, first_step: int = 0, workers: int = 1, *, half: bool = False,
+                pin: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Yield real_x, real_y, each (N, 1, H, W) in [-1, 1], from `first_step` to the end.
 
         Parameters
         ----------
-        workers : batches read ahead, each by a thread; 0 reads when asked
+        workers : threads that read ahead, each the batches of a block (at least `BLOCK` pairs);
+            0 reads a batch when asked
+        half : float16 as stored, half the bytes to copy; widen it on the device. Else float32.
+        pin : in page-locked memory, from which a GPU copies while the program goes on
         """
-        steps = iter(range(first_step, self.steps_per_epoch))
+        steps = range(first_step, self.steps_per_epoch)
         if workers == 0:
-            yield from (self._load(epoch, step) for step in steps)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            ahead: deque[Future] = deque()
             for step in steps:
-                ahead.append(pool.submit(self._load, epoch, step))
-                if len(ahead) > workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                real_x, real_y = self._buffers(1, pin)
+                self._load(epoch, range(step, step + 1), real_x, real_y)
+                yield (real_x[0], real_y[0]) if half else (real_x[0].float(), real_y[0].float())
+            return
+        a_block = max(1, BLOCK // self._batch_size)
+        blocks = (steps[i:i + a_block] for i in range(0, len(steps), a_block))
+        with ThreadPoolExecutor(workers, "reader") as pool:
+            ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
+            try:
+                while True:
+                    # one more than there are threads: none of them waits while a block is used up
+                    for block in itertools.islice(blocks, workers + 1 - len(ahead)):
+                        ahead.append(pool.submit(self._load, epoch, block,
+                                                 *self._buffers(len(block), pin)))
+                    if not ahead:
+                        return
+                    for real_x, real_y in zip(*ahead.popleft().result()):
+                        yield (real_x, real_y) if half else (real_x.float(), real_y.float())
+            finally:
+                for future in ahead:
+                    future.cancel()
 
-    def _load(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        x, y = self.rows(epoch, step)
-        return to_tensor(self._store.t1w[x]), to_tensor(self._store.t2w[y])
+    def _buffers(self, steps: int, pin: bool) -> tuple[Tensor, Tensor]:
+        """Make two (steps, N, 1, H, W) float16 to read into; not in a thread, which has no GPU."""
+        shape = (steps, self._batch_size, *self._shape)
+        x, y = (torch.empty(shape, dtype=torch.float16, pin_memory=pin) for _ in range(2))
+        return x, y
 
-    def _permutation(self, epoch: int, turn: int, domain: int) -> np.ndarray:
-        key = (epoch, turn, domain)
-        found = self._permutations.get(key)  # several threads ask, and any of them may forget it
+    def _load(self, epoch: int, steps: range, real_x: Tensor,
+              real_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the buffers with the slices that these steps see."""
+        rows = zip(*(self.rows(epoch, step) for step in steps))
+        for reader, out, drawn in zip(self._readers, (real_x, real_y), rows):
+            reader.read_into(out.numpy().reshape(-1, *self._shape[1:]), np.concatenate(drawn))
+        return real_x, real_y
+
+    def _places(self, epoch: int, turn: int, domain: int, first: int) -> np.ndarray:
+        """Which of a domain's slices, counted from 0, this process takes from place `first` on.
+
+        Orders are kept a while: whole, or of a large split the part that `first` lies in.
+        """
+        n = len(self._slices[domain])
+        part = n if n <= SHUFFLED else self._taken * -(-PART // self._taken)
+        begin = first - first % part
+        key = (epoch, turn, domain, begin)
+        found = self._orders.get(key)  # several threads ask, and any of them may forget it
         if found is None:
             # the present pass and the one that is read ahead; older ones are done with
-            for old in sorted(self._permutations)[:-3]:
-                self._permutations.pop(old, None)
-            draws = np.random.default_rng([self._seed, epoch, turn, domain])
-            found = self._permutations[key] = draws.permutation(self._rows[domain])
-        return found
+            for old in sorted(self._orders)[:-3]:
+                self._orders.pop(old, None)
+            seeds = [self._seed, epoch, turn, domain]
+            if n <= SHUFFLED:
+                found = np.random.default_rng(seeds).permutation(n).astype(np.uint32)
+            else:
+                found = scatter(np.arange(begin, min(begin + part, n)), n, seeds)
+            self._orders[key] = found
+        return found[first - begin:first - begin + self._batch_size]
+
+
+class _Spans:
+    """The slices of some subjects, counted from 0, and their rows in the store."""
+
+    def __init__(self, spans: np.ndarray) -> None:
+        first, counts = spans.T
+        self._ends = np.cumsum(counts)
+        self._shift = first - (self._ends - counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """(n,) int64 rows of the slices at these places."""
+        return places + self._shift[np.searchsorted(self._ends, places, side="right")]
+
+
+def scatter(places: np.ndarray, n: int, seeds: list[int]) -> np.ndarray:
+    """What stands at some places of a random order of range(n), without drawing the others.
+
+    A Feistel network mixes the bits of each place, which no two places leave alike; what comes out
+    beyond `n` goes in again (Black and Rogaway 2002, cycle walking).
+
+    Parameters
+    ----------
+    places : (k,) integers in [0, n)
+    seeds : of the order
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence(seeds).generate_state(ROUNDS, np.uint64)
+    found = places.astype(np.uint64)
+    outside = np.arange(len(found))
+    while len(outside):
+        left, right = found[outside] >> half, found[outside] & low
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        found[outside] = (left << half) | right
+        outside = outside[found[outside] >= n]
+    return found.astype(np.int64)
 
 
 def halves(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
@@ -109,21 +198,28 @@ def halves(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
     ------
     ValueError : fewer than two training subjects
     """
+    x, y = map(rows_of, _half_spans(store))
+    return x, y
+
+
+def _half_spans(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of `halves` as `spans_of`."""
     people = {(s["dataset"], s["subject"]) for s in store.subjects if s["split"] == "train"}
     if len(people) < 2:
         raise ValueError(f"{store.folder}: has {len(people)} training subjects, --strict-unpaired "
                          "needs two at least")
     ordered = sorted(people, key=lambda person: (split_value(*person), person))
     first = set(ordered[:len(ordered) // 2])
-    x, y = ([np.arange(s["first_row"], s["first_row"] + s["n_slices"], dtype=np.int64)
-             for s in store.subjects if s["split"] == "train"
-             and ((s["dataset"], s["subject"]) in first) == wanted] for wanted in (True, False))
-    return np.concatenate(x), np.concatenate(y)
+    x, y = (spans_of(s for s in store.subjects if s["split"] == "train"
+                     and ((s["dataset"], s["subject"]) in first) == wanted)
+            for wanted in (True, False))
+    return x, y
 
 
 def to_tensor(slices: np.ndarray) -> Tensor:
     """(N, H, W) float16 of the store to (N, 1, H, W) float32."""
-    return torch.from_numpy(np.asarray(slices, dtype=np.float32))[:, None]
+    # torch widens 15 times as fast as NumPy does
+    return torch.from_numpy(np.array(slices)).float()[:, None]
 
 
 def paired_subjects(store: SliceStore, split: str) -> list[dict[str, Any]]:

@@ -1,11 +1,15 @@
 """Batches: unpaired, disjoint between processes, complete over a pass, and known in advance."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from painted_store import write_store
 
-from data.slices import UnpairedBatches, halves, paired_slices, paired_subjects, to_tensor
+from data import slices as slices_module
+from data.slices import (UnpairedBatches, halves, paired_slices, paired_subjects, scatter,
+                         to_tensor)
 from data.store import SliceStore
 
 
@@ -14,13 +18,21 @@ def slices(small_store):
     return SliceStore(small_store)
 
 
+@pytest.fixture(params=["shuffled", "scattered"])
+def drawn(request, monkeypatch):
+    """Both ways to draw an order: as a whole, and a place at a time as large stores need it."""
+    if request.param == "scattered":
+        monkeypatch.setattr(slices_module, "SHUFFLED", 0)
+        monkeypatch.setattr(slices_module, "PART", 10)
+
+
 def a_pass(batches, epoch=0):
     """Rows of X and of Y of all steps of an epoch."""
     steps = [batches.rows(epoch, step) for step in range(batches.steps_per_epoch)]
     return tuple(np.concatenate(rows) for rows in zip(*steps))
 
 
-def test_a_pass_shows_almost_all_training_slices_of_both_domains_once(slices):
+def test_a_pass_shows_almost_all_training_slices_of_both_domains_once(slices, drawn):
     rows = slices.rows("train")
     for batch_size in (1, 4, 7):
         batches = UnpairedBatches(slices, batch_size=batch_size)
@@ -29,7 +41,7 @@ def test_a_pass_shows_almost_all_training_slices_of_both_domains_once(slices):
             assert set(seen) <= set(rows)
 
 
-def test_each_domain_has_its_own_order_so_pairs_meet_by_chance_only(slices):
+def test_each_domain_has_its_own_order_so_pairs_meet_by_chance_only(slices, drawn):
     batches = UnpairedBatches(slices, batch_size=1)
     met = [np.equal(*a_pass(batches, epoch)).sum() for epoch in range(40)]
     assert 0.4 < np.mean(met) < 2, "two random orders agree in one place on average"
@@ -37,7 +49,7 @@ def test_each_domain_has_its_own_order_so_pairs_meet_by_chance_only(slices):
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.4
 
 
-def test_every_epoch_and_every_pass_within_one_is_shuffled_anew(slices):
+def test_every_epoch_and_every_pass_within_one_is_shuffled_anew(slices, drawn):
     steps = len(slices.rows("train")) // 4
     n = 4 * steps
     long = UnpairedBatches(slices, batch_size=4, steps_per_epoch=3 * steps)
@@ -47,7 +59,7 @@ def test_every_epoch_and_every_pass_within_one_is_shuffled_anew(slices):
     assert all(len(set(rows)) == n for rows in passes)
 
 
-def test_processes_take_disjoint_rows_and_together_what_one_process_would(slices):
+def test_processes_take_disjoint_rows_and_together_what_one_process_would(slices, drawn):
     one = UnpairedBatches(slices, batch_size=6)
     three = [UnpairedBatches(slices, batch_size=2, rank=r, world=3) for r in range(3)]
     assert one.steps_per_epoch == three[0].steps_per_epoch
@@ -59,7 +71,7 @@ def test_processes_take_disjoint_rows_and_together_what_one_process_would(slices
     assert len(everything) == len(set(everything))
 
 
-def test_what_a_step_sees_depends_on_seed_epoch_and_step_alone(slices):
+def test_what_a_step_sees_depends_on_seed_epoch_and_step_alone(slices, drawn):
     asked = [(3, 1), (0, 0), (7, 2), (0, 5), (3, 1)]
     forwards = UnpairedBatches(slices, batch_size=3)
     backwards = UnpairedBatches(slices, batch_size=3)
@@ -68,6 +80,91 @@ def test_what_a_step_sees_depends_on_seed_epoch_and_step_alone(slices):
         np.testing.assert_array_equal(backwards.rows(*key), first[key])
     other_seed = UnpairedBatches(slices, batch_size=3, seed=1)
     assert any((other_seed.rows(*key)[0] != first[key][0]).any() for key in asked)
+
+
+def test_the_order_is_numpys_permutation_of_the_rows_so_that_old_runs_go_on_as_they_began(slices):
+    rows = slices.rows("train")
+    batches = UnpairedBatches(slices, batch_size=5, seed=3, rank=1, world=2)
+    steps = len(rows) // 10
+    for epoch, step in ((0, 0), (2, 1), (2, steps), (7, 2 * steps + 1)):
+        turn, place = divmod(step, steps)
+        for domain, found in enumerate(batches.rows(epoch, step)):
+            order = np.random.default_rng([3, epoch, turn, domain]).permutation(rows)
+            np.testing.assert_array_equal(found, order[10 * place + 5:10 * place + 10])
+            assert found.dtype == np.int64
+
+
+def test_a_scattered_order_holds_every_place_once_whatever_its_length():
+    for n in (1, 2, 3, 17, 256, 1000, 5000):
+        order = scatter(np.arange(n), n, [0, 1])
+        assert sorted(order) == list(range(n))
+        places = np.arange(n)[::-3]
+        np.testing.assert_array_equal(scatter(places, n, [0, 1]), order[places])
+
+
+def test_a_scattered_order_is_as_random_as_a_shuffle():
+    n = 40_000
+    order, other = (scatter(np.arange(n), n, [0, 0, 0, domain]) for domain in (0, 1))
+    for a, b in ((order, np.arange(n)), (order, other), (order[1:], order[:-1])):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / n ** 0.5
+        assert (a == b).sum() < 8, "one on average"
+    # where the first tenth lands: a chi-square of 99 degrees of freedom
+    counts = np.bincount(order[:n // 10] * 100 // n, minlength=100)
+    assert 55 < ((counts - n / 1000) ** 2 / (n / 1000)).sum() < 155
+    steps = np.diff(order)
+    assert len(np.unique(steps)) > 0.4 * n, "no stride repeats"
+    # of 200 orders of 7, each place holds each value about as often
+    small = np.array([scatter(np.arange(7), 7, [seed]) for seed in range(2000)])
+    shares = np.stack([(small == value).mean(axis=0) for value in range(7)])
+    np.testing.assert_allclose(shares, 1 / 7, atol=0.035)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_half_gives_the_stored_bits_and_float32_the_same_values(workers, slices):
+    batches = UnpairedBatches(slices, batch_size=3)
+    wide = list(batches.batches(1, workers=workers))
+    half = list(batches.batches(1, workers=workers, half=True))
+    assert len(wide) == len(half) == batches.steps_per_epoch
+    for step, (pair, stored) in enumerate(zip(wide, half)):
+        for rows, array, a, b in zip(batches.rows(1, step), (slices.t1w, slices.t2w), pair, stored):
+            assert b.dtype == torch.float16 and a.dtype == torch.float32
+            assert a.shape == b.shape == (3, 1, 48, 48) and b.is_contiguous()
+            np.testing.assert_array_equal(b[:, 0].numpy().view(np.uint16),
+                                          array[rows].view(np.uint16))
+            assert torch.equal(a, b.float())
+
+
+def test_a_batch_belongs_to_who_asked_for_it(slices):
+    batches = UnpairedBatches(slices, batch_size=2)
+    for (x, y), (x_again, y_again) in zip(batches.batches(0, workers=2, half=True),
+                                          batches.batches(0, workers=0, half=True), strict=True):
+        assert torch.equal(x, x_again) and torch.equal(y, y_again)
+        x.fill_(7)  # of no consequence to any later batch
+        y.fill_(7)
+    assert max(slices.t1w.max(), slices.t2w.max()) <= 1
+
+
+def test_threads_end_with_the_loop_even_where_it_is_left_early(slices):
+    before = threading.active_count()
+    batches = UnpairedBatches(slices, batch_size=1, steps_per_epoch=500).batches(0, workers=3)
+    next(batches)
+    assert before < threading.active_count() <= before + 3
+    batches.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_pinned_batches_reach_the_gpu_unharmed(slices):
+    batches = UnpairedBatches(slices, batch_size=4, steps_per_epoch=60)
+    on_gpu = []
+    for x, y in batches.batches(0, workers=2, half=True, pin=True):
+        assert x.is_pinned() and y.is_pinned()
+        on_gpu.append([v.to("cuda", non_blocking=True) for v in (x, y)])
+        del x, y
+    for (x, y), (gpu_x, gpu_y) in zip(batches.batches(0, workers=0, half=True), on_gpu,
+                                      strict=True):
+        assert torch.equal(x, gpu_x.cpu()) and torch.equal(y, gpu_y.cpu())
 
 
 def test_batches_are_the_stores_slices_at_those_rows(slices):
@@ -81,14 +178,14 @@ def test_batches_are_the_stores_slices_at_those_rows(slices):
 
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
-def test_reading_ahead_changes_nothing(workers, slices):
+def test_reading_ahead_changes_nothing(workers, slices, drawn):
     batches = UnpairedBatches(slices, batch_size=4, steps_per_epoch=40)
     for (x, y), (ahead_x, ahead_y) in zip(batches.batches(1, workers=0),
                                           batches.batches(1, workers=workers), strict=True):
         assert torch.equal(x, ahead_x) and torch.equal(y, ahead_y)
 
 
-def test_going_on_from_a_step_gives_the_rest_of_the_epoch(slices):
+def test_going_on_from_a_step_gives_the_rest_of_the_epoch(slices, drawn):
     batches = UnpairedBatches(slices, batch_size=4)
     whole = list(batches.batches(2, workers=2))
     rest = list(batches.batches(2, first_step=3, workers=2))

@@ -1,5 +1,6 @@
 """The store's format: what is written is read, nothing half-written is, and no subject leaks."""
 
+import csv
 import json
 import shutil
 
@@ -177,6 +178,30 @@ def test_rows_of_a_split_are_those_of_its_subjects(tmp_path):
     assert opened.rows("test").size == 0 and opened.rows("test").dtype == np.int64
     with pytest.raises(ValueError, match="split 'dev' is unknown"):
         opened.rows("dev")
+
+
+def test_scattered_rows_are_read_as_they_stand_and_none_beyond_the_end(tmp_path):
+    opened = build(tmp_path, [part("a", 5), part("b", 4)])
+    rows = np.array([8, 0, 3, 3, 7])
+    for array in (opened.t1w, opened.t2w, opened.packed_mask, np.asarray(opened.t1w)):
+        out = np.empty((5, *array.shape[1:]), array.dtype)
+        store.RowReader(array).read_into(out, rows)
+        np.testing.assert_array_equal(out, array[rows])
+    for wrong in (9, -1):
+        with pytest.raises(IndexError, match=f"{wrong}.* of 9"):
+            store.RowReader(opened.t1w).read_into(np.empty((1, SIZE, SIZE), np.float16),
+                                                  np.array([wrong]))
+
+
+def test_a_table_is_read_as_csv_reads_it(tmp_path):
+    draws = np.random.default_rng(0)
+    pieces = ["a", "b", "\t", "\t", "\n", "\r\n", " ", '"', "é", "\\", "a\tb\n", "\n\n"]
+    for _ in range(500):
+        text = "".join(draws.choice(pieces, draws.integers(25)))
+        (tmp_path / "table.tsv").write_bytes(text.encode())
+        with open(tmp_path / "table.tsv", encoding="utf-8", newline="") as lines:
+            wanted = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        assert store.read_table(tmp_path / "table.tsv") == wanted, repr(text)
 
 
 def test_counts_are_of_subjects_sessions_and_slices(tmp_path):
