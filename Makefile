@@ -1,8 +1,9 @@
 # make demo   simulated subjects -> slices -> short training -> report and a translated volume
-# make test   the tests
+# make test   the tests, in JOBS processes side by side
 # make lint   flake8 and mypy
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
@@ -34,7 +35,7 @@ demo: $(INSTALLED)
 	@echo "TensorBoard $(VENV)/bin/tensorboard --logdir $(DEMO)/model/tensorboard"
 
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist=loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(RUN) -m flake8

@@ -5,6 +5,7 @@ after any rigid movement is exact: nothing is interpolated. Left and right, fron
 bottom all differ. The brain has 1.2 to 1.6 litres.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -16,7 +17,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import ndimage
+
+# files that take minutes, longest first
+LONG = ("test_preprocess_datasets", "test_preprocess", "test_evaluate", "test_train",
+        "test_whole_path", "test_data_simulate", "test_data_openneuro", "test_data_hdbet",
+        "test_models_export", "test_models_features")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest: side by side, no process is left with it at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 # centre and half axes in mm, T1w and T2w signal; each is painted over those above it
 SCALP_TO_CSF = (
@@ -133,6 +146,19 @@ def small_store(small_tree, tmp_path_factory):
                             "--spacing", "4", "--brain-extraction", "none", "--workers", "0",
                             "--val", "04", "--test", "05"]) == 0
     return out
+
+
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAA"
+                         "AgABSK+kcQAAAABJRU5ErkJggg==")
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """For tests of numbers: each picture is one pixel, which saves most of an evaluation's time."""
+    def savefig(figure, out, *, format, **_):
+        out.write(PIXEL if format == "png" else b"<?xml version='1.0'?><svg/>")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 # signals of painted T1w scans that are of one tissue

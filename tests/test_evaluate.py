@@ -191,13 +191,13 @@ def test_the_same_command_writes_the_same_bytes(results, ckpt, store, tmp_path):
     assert again == before and {"summary.json", "report.html", "subjects.svg"} <= set(again)
 
 
-def test_the_batch_size_changes_no_figure(results, ckpt, store, tmp_path):
+def test_the_batch_size_changes_no_figure(results, ckpt, store, tmp_path, unpainted):
     evaluated(ckpt, store.folder, tmp_path / "e", "--batch-size", 64)
     for a, b in zip(table(tmp_path / "e" / "slices.csv"), table(results / "slices.csv")):
         assert a == {k: pytest.approx(v, abs=1e-5) for k, v in b.items()}
 
 
-def test_a_single_test_subject_has_no_deviation_and_no_interval(ckpt, tmp_path):
+def test_a_single_test_subject_has_no_deviation_and_no_interval(ckpt, tmp_path, unpainted):
     slices = write_store(tmp_path / "slices", {**SPLITS, "test": ["04"]}, n_slices=3)
     outcome = evaluated(ckpt, slices, tmp_path / "e")
     assert outcome.code == 0
@@ -422,7 +422,7 @@ def test_the_training_split_is_measured_by_name(compared):
     assert summary["split"] == "train" and summary["n_slices"] == 8
 
 
-def test_a_comparison_of_before_does_not_stay(compared, store, tmp_path):
+def test_a_comparison_of_before_does_not_stay(compared, store, tmp_path, unpainted):
     out, _, other, _ = compared
     shutil.copytree(out, tmp_path / "e")
     shutil.copy(other, tmp_path / "best.pt")  # as it was sent elsewhere: no metrics.jsonl beside it
@@ -433,7 +433,7 @@ def test_a_comparison_of_before_does_not_stay(compared, store, tmp_path):
     assert "No metrics.jsonl beside the checkpoint" in (tmp_path / "e/report.html").read_text()
 
 
-def test_distances_are_taken_in_the_features_of_the_given_weights(ckpt, tmp_path):
+def test_distances_are_taken_in_the_features_of_the_given_weights(ckpt, tmp_path, unpainted):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = inception_v3(weights=None, init_weights=False, transform_input=True)
@@ -471,7 +471,7 @@ def test_distances_are_taken_in_the_features_of_the_given_weights(ckpt, tmp_path
 # -------------------------------------------------------------- the ceiling, many processes
 
 
-def test_the_ceiling_is_a_row_that_is_trained_once(ckpt, store, tmp_path):
+def test_the_ceiling_is_a_row_that_is_trained_once(ckpt, store, tmp_path, unpainted):
     out = tmp_path / "e"
     assert evaluated(ckpt, store.folder, out, "--ceiling").code == 0
     summary = json.loads((out / "summary.json").read_text())
@@ -646,7 +646,7 @@ def trained_on_heads(small_store, tmp_path_factory):
 
 
 def test_new_scans_go_through_the_checkpoints_own_pipeline(
-        trained_on_heads, small_store, small_tree, tmp_path):
+        trained_on_heads, small_store, small_tree, tmp_path, unpainted):
     """The test subject's scans, in a tree of their own, give the figures of the store's test."""
     root = tmp_path / "new"
     shutil.copytree(small_tree / "sub-05", root / "sub-05")
@@ -676,7 +676,7 @@ def test_new_scans_go_through_the_checkpoints_own_pipeline(
 
 
 def test_new_scans_of_a_subject_that_was_trained_on_are_refused(
-        trained_on_heads, small_store, small_tree, tmp_path):
+        trained_on_heads, small_store, small_tree, tmp_path, unpainted):
     outcome = evaluated(trained_on_heads, small_store, tmp_path / "e", "--bids", small_tree)
     assert outcome.code == 2
     assert "heads_sub-01 is among the scans in --bids, but" in outcome.complaint
@@ -684,7 +684,7 @@ def test_new_scans_of_a_subject_that_was_trained_on_are_refused(
 
 
 def test_the_ceiling_of_new_scans_needs_the_training_slices(
-        trained_on_heads, small_store, small_tree, tmp_path):
+        trained_on_heads, small_store, small_tree, tmp_path, unpainted):
     shutil.copytree(small_tree / "sub-05", tmp_path / "new" / "sub-05")
     outcome = evaluated(trained_on_heads, tmp_path / "none", tmp_path / "e", "--bids",
                         tmp_path / "new", "--ceiling")
@@ -761,7 +761,7 @@ def test_options_that_cannot_work_are_one_error(ckpt, store, tmp_path, options, 
     assert outcome.code == 2 and said in outcome.complaint
 
 
-def test_results_go_beside_the_checkpoint_unless_told_otherwise(ckpt, store, tmp_path):
+def test_results_go_beside_the_checkpoint_unless_told_otherwise(ckpt, store, tmp_path, unpainted):
     beside = tmp_path / "best.pt"
     beside.write_bytes(ckpt.read_bytes())
     assert run_command(evaluate.main, "--ckpt", beside, "--slices", store.folder,
@@ -772,7 +772,8 @@ def test_results_go_beside_the_checkpoint_unless_told_otherwise(ckpt, store, tmp
     assert outcome.code == 2 and "is a file; name a folder" in outcome.complaint
 
 
-def test_the_order_of_tissues_is_told_where_they_are_known(small_store, segmented_tree, tmp_path):
+def test_the_order_of_tissues_is_told_where_they_are_known(small_store, segmented_tree, tmp_path,
+                                                           unpainted):
     """Subject 05 has maps: its scans are in order, and a copied T1w is no T2w."""
     run = tmp_path / "run"
     assert run_command(train.main, "--slices", small_store, "--run", run, *TINY, "--max-steps", 1,

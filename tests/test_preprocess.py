@@ -17,6 +17,7 @@ import pytest
 import tiny_hdbet
 from commands import run_command
 from conftest import content, lay_affine, rigid, write_pair
+from drawn_once import drawn_once
 
 import preprocess
 from data import store
@@ -28,6 +29,12 @@ from data.subject import Settings, prepare
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "48", "--spacing", "4"]
 EXTRACTED = [*SMALL, "--brain-extraction", "none"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sheets():
+    with drawn_once():
+        yield
 
 
 def run(out, *roots, options=EXTRACTED, workers=0):
@@ -512,10 +519,15 @@ def test_a_second_writer_is_turned_away(small_tree, small_store, tmp_path):
 
 KILLED = """
 import os, shutil, signal, sys
+sys.path.insert(0, "tests")
 import preprocess
+from drawn_once import drawn_once
 
-tree, before, trials = sys.argv[1:4]
+tree, before, trials, first = sys.argv[1:5]
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+def build(out):
+    return preprocess.main(["--bids", tree, "--out", out, "--workers", "0", *sys.argv[5:]])
 
 def attempt(out, at):
     '''Run in a child that is killed before its at-th change to a file of the store.'''
@@ -530,7 +542,7 @@ def attempt(out, at):
                 if count == at:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(watch)
-        os._exit(preprocess.main(["--bids", tree, "--out", out, "--workers", "0", *sys.argv[4:]]))
+        os._exit(build(out))
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 def prepared(name):
@@ -539,15 +551,17 @@ def prepared(name):
         shutil.copytree(before, out)
     return out
 
-at, killed = 0, True
-while killed:
-    at += 1
-    out = prepared(f"killed-at-{at:03d}")
-    killed = attempt(out, at)
-    attempt(out, 0)
-out, at = prepared("killed-again-and-again"), 1
-while attempt(out, at):
-    at += 1
+with drawn_once():
+    build(first)  # every child finds its contact sheet drawn
+    at, killed = 0, True
+    while killed:
+        at += 1
+        out = prepared(f"killed-at-{at:03d}")
+        killed = attempt(out, at)
+        attempt(out, 0)
+    out, at = prepared("killed-again-and-again"), 1
+    while attempt(out, at):
+        at += 1
 """
 
 
@@ -569,9 +583,10 @@ def test_a_run_killed_before_any_of_its_writes_ends_with_the_same_bytes(grown, t
     run(undisturbed, tree, options=options)
     (tmp_path / "trials").mkdir()
     subprocess.run([sys.executable, "-c", KILLED, tree, before if grown else "",
-                    tmp_path / "trials", *options], cwd=ROOT, check=True, timeout=300,
-                   capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                    tmp_path / "trials", tmp_path / "first", *options], cwd=ROOT, check=True,
+                   timeout=300, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     wanted = content(undisturbed)
+    assert content(tmp_path / "first").keys() == wanted.keys()
     trials = sorted((tmp_path / "trials").iterdir())
     assert len(trials) > 20
     for trial in trials:
