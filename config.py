@@ -26,7 +26,7 @@ from losses.adversarial import GAN_KINDS
 from models.generator import UPSAMPLING
 
 FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "device", "precision",
-                  "workers", "log_every", "save_minutes", "keep_best")
+                  "compile", "cuda_graph", "workers", "log_every", "save_minutes", "keep_best")
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
 
@@ -61,6 +61,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    compile: str = "auto"
+    cuda_graph: bool = True
     workers: int = 1
     log_every: int = 50
     save_minutes: float = 10.0
@@ -101,12 +103,15 @@ HELP = {
         "seed": "of weights, drawing and history",
         "device": "auto, cpu or cuda",
         "precision": "auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPU",
+        "compile": "torch.compile the nets: auto where the run is long enough to gain by it",
+        "cuda_graph": "record the update once and replay it, on one GPU in bf16 or fp32",
         "log_every": "steps between two lines of the log",
         "save_minutes": "minutes between two writes of last.pt inside an epoch",
         "keep_best": "checkpoints best_SSIM_EPOCH.pt kept",
     },
 }
-CHOICES = {"gan_loss": GAN_KINDS, "upsample": UPSAMPLING, "precision": PRECISIONS}
+CHOICES = {"gan_loss": GAN_KINDS, "upsample": UPSAMPLING, "precision": PRECISIONS,
+           "compile": ("auto", "yes", "no")}
 
 
 def parse_args(argv: list[str] | None,

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,8 +43,6 @@ from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tens
 from data.store import SliceStore, write_atomically
 from device import (Process, autocast, choose_precision, first_speaks, peak_memory_gib,
                     random_state, set_random_state, start_process)
-from losses.adversarial import discriminator_loss, generator_loss, rightly_judged
-from losses.consistency import cycle_loss, identity_loss
 from losses.history import ImageHistory
 from losses.quality import correlation, mae, psnr_db, ssim
 from models import checkpoint
@@ -53,15 +51,10 @@ from models.generator import default_blocks
 from report import progress
 from run_folder import (RunLog, best_name, environment, find_resume, only_writer,
                         preprocessing_record)
+from step import (NETS, TERMS, WATCHED, Frozen, Recorded, compilation_pays, train_step,
+                  update)
 
 log = logging.getLogger("train")
-TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "D_X", "D_Y")
-NETS = ("G", "F", "D_X", "D_Y")
-# Watched beside the terms: shares of patches that D judges rightly, norms of the gradients, and
-# whether fp16 skipped an update.
-WATCHED = ("D_X_right_real", "D_X_right_fake", "D_Y_right_real", "D_Y_right_fake",
-           *(f"gradient_{name}" for name in NETS), "skipped")
-# What a run may change when it goes on: nothing that is learnt from depends on these ...
 
 
 # ------------------------------------------------------------------------------ nets and state
@@ -99,11 +92,16 @@ class Training:
         init_weights(nets, torch.Generator().manual_seed(config.seed))
         self.nets = nets.to(process.device)
         self.ema = EMA(self.nets, config.ema)
+        self.precision = choose_precision(config.precision, process.device)
+        # the all-reduce of many processes and the decisions of fp16's scaler are not in the graph
+        recorded = (config.cuda_graph and process.device.type == "cuda"
+                    and not dist.is_initialized() and self.precision != torch.float16)
         self.optimizers = {
-            name: torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
+            name: torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True,
+                                   capturable=recorded)
             for name, parameters in (("generators", nets.generators()),
                                      ("discriminators", nets.discriminators()))}
-        self.precision = choose_precision(config.precision, process.device)
+        self._fit_optimizers(recorded)
         self.scaler = torch.amp.GradScaler(process.device.type,
                                            enabled=self.precision == torch.float16)
         # each process keeps its own histories: what its discriminators' share of a batch comes from
@@ -120,9 +118,24 @@ class Training:
         self.recent: list[tuple[int, int, int, Tensor]] = []  # step, epoch, its step, values
         self.environment = environment(process, self.precision)
         self.where: Callable[[int, int], str] = lambda epoch, epoch_step: ""  # names its slices
+        self.compiled = compilation_pays(config, process.device, steps_per_epoch)
         self.G, self.F, self.D_X, self.D_Y = (self._wrap(getattr(nets, name)) for name in NETS)
+        self.judge = Frozen(nets.D_X, self.compiled)
+        self.update: Callable[..., Tensor] = functools.partial(update, self)
+        if recorded:
+            self.update = Recorded(self)
+
+    def _fit_optimizers(self, recorded: bool) -> None:
+        """A recorded update reads its learning rates and counts on the device."""
+        for group in (g for o in self.optimizers.values() for g in o.param_groups):
+            group["betas"], group["capturable"] = self.config.betas, recorded
+            group["lr"] = float(group["lr"])
+            if recorded:
+                group["lr"] = torch.tensor(group["lr"], device=self.process.device)
 
     def _wrap(self, net: nn.Module) -> nn.Module:
+        if self.compiled:
+            net = cast(nn.Module, torch.compile(net, dynamic=False))
         if not dist.is_initialized():
             return net
         ids = [self.process.device.index] if self.process.device.type == "cuda" else None
@@ -241,7 +254,8 @@ class Training:
             **self.inference_state(self.epoch),
             "generators": {name: nets[name].state_dict() for name in ("G", "F")},
             "discriminators": {name: nets[name].state_dict() for name in ("D_X", "D_Y")},
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "optimizers": {name: _any_device(o.state_dict())
+                           for name, o in self.optimizers.items()},
             "schedulers": {"steps_per_epoch": self.steps_per_epoch,
                            "learning_rate": self.learning_rate},
             "scaler": self.scaler.state_dict(),
@@ -269,8 +283,9 @@ class Training:
         self.ema.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-            for group in optimizer.param_groups:
-                group["betas"] = self.config.betas
+        self._fit_optimizers(isinstance(self.update, Recorded))
+        if isinstance(self.update, Recorded):
+            self.update.forget()
         if self.scaler.is_enabled() and state["scaler"]:  # empty where the run was not in fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.slices_seen = state["step"], state["slices_seen"]
@@ -292,92 +307,17 @@ class Training:
             self.epoch_counted = state["sampler"]["epoch_counted"]
 
 
+def _any_device(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state without what holds on this device only."""
+    groups = [{**group, "lr": float(group["lr"]), "capturable": False}
+              for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """Tensors to the CPU: sent from one process to another they would take up its own GPU there."""
     return {key: value.cpu() if isinstance(value, Tensor) else value
             for key, value in state.items()}
-
-
-# ------------------------------------------------------------------------------------ one step
-
-
-def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
-    """One update of G and F, then of D_X and D_Y, from slices (N, 1, H, W) in [-1, 1].
-
-    Returns the unweighted terms in the order of `TERMS`, then what `WATCHED` names, (17,) float32,
-    without waiting for a GPU.
-    """
-    c = t.config
-    n = len(real_x)
-    with_identity = c.lambda_identity > 0
-    for optimizer in t.optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = t.learning_rate
-
-    # G and F: fool D, come back, leave the target domain alone (eq. 3 with sec. 5.2).
-    for net in (t.nets.D_X, t.nets.D_Y):
-        net.requires_grad_(False)
-    t.optimizers["generators"].zero_grad(set_to_none=True)
-    with t.autocast():
-        # one pass for translation and identity: instance norm keeps the slices of a batch apart
-        from_x = t.G(torch.cat([real_x, real_y]) if with_identity else real_x)
-        from_y = t.F(torch.cat([real_y, real_x]) if with_identity else real_y)
-        fake_y, fake_x = from_x[:n], from_y[:n]
-        cycled_x, cycled_y = t.F(fake_y), t.G(fake_x)
-        # D without its DDP wrapper: it learns nothing here, so there is nothing to reduce
-        scores_y, scores_x = t.nets.D_Y(fake_y), t.nets.D_X(fake_x)
-    gan_g, gan_f = (generator_loss(scores, c.gan_loss) for scores in (scores_y, scores_x))
-    cycle_x, cycle_y = cycle_loss(real_x, cycled_x), cycle_loss(real_y, cycled_y)
-    loss = gan_g + gan_f + c.lambda_cycle[0] * cycle_x + c.lambda_cycle[1] * cycle_y
-    identity_x = identity_y = torch.zeros((), device=real_x.device)
-    if with_identity:
-        identity_x = identity_loss(real_x, from_y[n:])
-        identity_y = identity_loss(real_y, from_x[n:])
-        loss = loss + c.lambda_identity * (identity_x + identity_y)
-    t.scaler.scale(loss).backward()
-    norms_g, skipped_g = _gradient_norms(t, "generators", ("G", "F"))
-    t.scaler.step(t.optimizers["generators"])
-
-    # D_X and D_Y: real slices against slices from the history.
-    for net in (t.nets.D_X, t.nets.D_Y):
-        net.requires_grad_(True)
-    t.optimizers["discriminators"].zero_grad(set_to_none=True)
-    old_x, old_y = t.history["x"].query(fake_x), t.history["y"].query(fake_y)
-    with t.autocast():
-        on_x = t.D_X(torch.cat([real_x, old_x]))
-        on_y = t.D_Y(torch.cat([real_y, old_y]))
-    loss_d_x = discriminator_loss(on_x[:n], on_x[n:], c.gan_loss)
-    loss_d_y = discriminator_loss(on_y[:n], on_y[n:], c.gan_loss)
-    t.scaler.scale(loss_d_x + loss_d_y).backward()
-    norms_d, skipped_d = _gradient_norms(t, "discriminators", ("D_X", "D_Y"))
-    t.scaler.step(t.optimizers["discriminators"])
-    t.scaler.update()  # once a step, for both
-
-    t.ema.update(t.step)
-    t.step += 1
-    t.epoch_step += 1
-    t.slices_seen += n * t.process.world
-    right = [*rightly_judged(on_x[:n], on_x[n:], c.gan_loss),
-             *rightly_judged(on_y[:n], on_y[n:], c.gan_loss)]
-    return torch.stack([gan_g, gan_f, cycle_x, cycle_y, identity_x, identity_y, loss_d_x, loss_d_y,
-                        *right, *norms_g, *norms_d, (skipped_g + skipped_d) / 2]).detach()
-
-
-def _gradient_norms(t: Training, optimizer: str,
-                    nets: tuple[str, ...]) -> tuple[list[Tensor], Tensor]:
-    """L2 norm of each net's gradient, and 1 where fp16 overflowed and its update will be skipped.
-
-    An overflow is the scaler's way to find its scale, so its norm counts as 0, not as a fault.
-    """
-    if t.scaler.is_enabled():
-        t.scaler.unscale_(t.optimizers[optimizer])
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in getattr(t.nets, name).parameters()
-                                            if p.grad is not None]) for name in nets]
-    skipped = torch.zeros((), device=t.process.device)
-    if t.scaler.is_enabled():
-        skipped = 1 - torch.stack(norms).isfinite().all().float()
-        norms = [norm.nan_to_num(0, 0, 0) for norm in norms]
-    return norms, skipped
 
 
 # ---------------------------------------------------------------------------------- validation

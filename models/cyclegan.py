@@ -99,18 +99,39 @@ class EMA:
         self._trained = [p for net in trained for p in net.parameters()]
         self._averages: list[Tensor] = [*self.G.parameters(), *self.F.parameters()]
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the nets as they are now; call after the optimiser's step.
 
         Parameters
         ----------
-        step : optimiser steps before this one (0 for the first). The decay used is
-            min(decay, (1 + step) / (10 + step)), so that the first weights are soon forgotten.
+        step : optimiser steps before this one (0 for the first)
         """
-        decay = min(self.decay, (1 + step) / (10 + step))
-        # One fused call for all tensors: a loop would start some hundred small kernels a step.
-        torch._foreach_lerp_(self._averages, [p.float() for p in self._trained], 1.0 - decay)
+        self.move(self.weight(step))
+
+    def weight(self, step: int) -> float:
+        """Share of the nets that goes into their averages at a step.
+
+        One minus min(decay, (1 + step) / (10 + step)), so that the first weights are soon
+        forgotten.
+        """
+        return 1.0 - min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def move(self, weight: float | Tensor) -> None:
+        """Let the averages be `weight` of the nets and the rest of themselves.
+
+        Parameters
+        ----------
+        weight : a number, or a scalar tensor on the nets' device (a recorded update reads it there)
+        """
+        nets = [p.float() for p in self._trained]
+        # Few fused calls for all tensors: a loop would start some hundred small kernels a step.
+        if isinstance(weight, Tensor):
+            way = torch._foreach_sub(nets, self._averages)
+            torch._foreach_mul_(way, weight)
+            torch._foreach_add_(self._averages, way)
+        else:
+            torch._foreach_lerp_(self._averages, nets, weight)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return {"G": ..., "F": ...}, each the state of a net, with unwrapped names."""

@@ -1,0 +1,214 @@
+"""One update of G and F, then of D_X and D_Y: eager, compiled, or replayed as one CUDA graph.
+
+What chance decides (the exchange with the histories) is drawn on the CPU beforehand, so that the
+update itself never waits for a GPU. `--no-cuda-graph` and `--compile no` switch the fast ways off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from losses.adversarial import discriminator_loss, generator_loss, rightly_judged
+from losses.consistency import cycle_loss, identity_loss
+
+if TYPE_CHECKING:
+    from config import TrainConfig
+    from train import Training
+
+TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "D_X", "D_Y")
+NETS = ("G", "F", "D_X", "D_Y")
+# Watched beside the terms: shares of patches that D judges rightly, norms of the gradients, and
+# whether fp16 skipped an update.
+WATCHED = ("D_X_right_real", "D_X_right_fake", "D_Y_right_real", "D_Y_right_fake",
+           *(f"gradient_{name}" for name in NETS), "skipped")
+# Compiling costs about so many seconds, and gains so many a slice pair at 64 features on a CPU core
+# or an H100 (benchmarks/RESULTS.md).
+COMPILING_S = 100.0
+GAINED_S = {"cpu": 0.3, "cuda": 0.001}
+WARM_UPS = 3  # updates before a graph is recorded: compilation and the optimisers' state
+
+
+def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
+    """One update from slices (N, 1, H, W) in [-1, 1], and the counters after it.
+
+    Returns the unweighted terms in the order of `TERMS`, then what `WATCHED` names, (17,) float32,
+    without waiting for a GPU.
+    """
+    rate = t.learning_rate
+    for group in (g for optimizer in t.optimizers.values() for g in optimizer.param_groups):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    exchange = torch.stack([part for name in ("x", "y")
+                            for part in t.history[name].draw(len(real_x))])
+    values = t.update(real_x, real_y, exchange, t.ema.weight(t.step))
+    t.step += 1
+    t.epoch_step += 1
+    t.slices_seen += len(real_x) * t.process.world
+    return values
+
+
+def update(t: Training, real_x: Tensor, real_y: Tensor, exchange: Tensor,
+           ema_weight: float | Tensor) -> Tensor:
+    """What `train_step` does on the device: terms, gradients, weights, averages, histories.
+
+    Parameters
+    ----------
+    exchange : (4, N) int64, of `ImageHistory.draw` for X and for Y
+    ema_weight : share of the nets that goes into their averages
+    """
+    c = t.config
+    n = len(real_x)
+    with_identity = c.lambda_identity > 0
+
+    # G and F: fool D, come back, leave the target domain alone (eq. 3 with sec. 5.2).
+    t.optimizers["generators"].zero_grad(set_to_none=True)
+    with t.autocast():
+        # one pass for translation and identity: instance norm keeps the slices of a batch apart
+        from_x = t.G(torch.cat([real_x, real_y]) if with_identity else real_x)
+        from_y = t.F(torch.cat([real_y, real_x]) if with_identity else real_y)
+        fake_y, fake_x = from_x[:n], from_y[:n]
+        cycled_x, cycled_y = t.F(fake_y), t.G(fake_x)
+        scores_y, scores_x = t.judge(t.nets.D_Y, fake_y), t.judge(t.nets.D_X, fake_x)
+    gan_g, gan_f = (generator_loss(scores, c.gan_loss) for scores in (scores_y, scores_x))
+    cycle_x, cycle_y = cycle_loss(real_x, cycled_x), cycle_loss(real_y, cycled_y)
+    loss = gan_g + gan_f + c.lambda_cycle[0] * cycle_x + c.lambda_cycle[1] * cycle_y
+    identity_x = identity_y = torch.zeros((), device=real_x.device)
+    if with_identity:
+        identity_x = identity_loss(real_x, from_y[n:])
+        identity_y = identity_loss(real_y, from_x[n:])
+        loss = loss + c.lambda_identity * (identity_x + identity_y)
+    t.scaler.scale(loss).backward()
+    norms_g, skipped_g = _gradient_norms(t, "generators", ("G", "F"))
+    t.scaler.step(t.optimizers["generators"])
+
+    # D_X and D_Y: real slices against slices from the history.
+    t.optimizers["discriminators"].zero_grad(set_to_none=True)
+    old_x = t.history["x"].exchange(fake_x, *exchange[:2])
+    old_y = t.history["y"].exchange(fake_y, *exchange[2:])
+    with t.autocast():
+        on_x = t.D_X(torch.cat([real_x, old_x]))
+        on_y = t.D_Y(torch.cat([real_y, old_y]))
+    loss_d_x = discriminator_loss(on_x[:n], on_x[n:], c.gan_loss)
+    loss_d_y = discriminator_loss(on_y[:n], on_y[n:], c.gan_loss)
+    t.scaler.scale(loss_d_x + loss_d_y).backward()
+    norms_d, skipped_d = _gradient_norms(t, "discriminators", ("D_X", "D_Y"))
+    t.scaler.step(t.optimizers["discriminators"])
+    t.scaler.update()  # once a step, for both
+
+    t.ema.move(ema_weight)
+    right = [*rightly_judged(on_x[:n], on_x[n:], c.gan_loss),
+             *rightly_judged(on_y[:n], on_y[n:], c.gan_loss)]
+    return torch.stack([gan_g, gan_f, cycle_x, cycle_y, identity_x, identity_y, loss_d_x, loss_d_y,
+                        *right, *norms_g, *norms_d, (skipped_g + skipped_d) / 2]).detach()
+
+
+def _gradient_norms(t: Training, optimizer: str,
+                    nets: tuple[str, ...]) -> tuple[list[Tensor], Tensor]:
+    """L2 norm of each net's gradient, and 1 where fp16 overflowed and its update will be skipped.
+
+    An overflow is the scaler's way to find its scale, so its norm counts as 0, not as a fault.
+    """
+    if t.scaler.is_enabled():
+        t.scaler.unscale_(t.optimizers[optimizer])
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in getattr(t.nets, name).parameters()
+                                            if p.grad is not None]) for name in nets]
+    skipped = torch.zeros((), device=t.process.device)
+    if t.scaler.is_enabled():
+        skipped = 1 - torch.stack(norms).isfinite().all().float()
+        norms = [norm.nan_to_num(0, 0, 0) for norm in norms]
+    return norms, skipped
+
+
+def compilation_pays(config: TrainConfig, device: torch.device, steps_per_epoch: int) -> bool:
+    """Whether to compile the nets: what `--compile` says, or whether the planned steps repay it.
+
+    Decided by the whole run, not by what is left of it, so that a resumed run decides alike.
+    """
+    if config.compile != "auto":
+        return config.compile == "yes"
+    if not (importlib.util.find_spec("triton") if device.type == "cuda"
+            else any(map(shutil.which, ("c++", "g++", "clang++")))):
+        return False
+    steps = min((config.epochs + config.epochs_decay) * steps_per_epoch,
+                config.max_steps or sys.maxsize)
+    gained = steps * config.batch_size * (config.features / 64) ** 2 * GAINED_S[device.type]
+    return gained > 2 * COMPILING_S
+
+
+class Frozen:
+    """Call a net so that gradients pass through to its input and none is left in its weights.
+
+    Its weights go in as plain tensors: switching `requires_grad` off and on again would do, too,
+    but not for a compiled net, whose gradients then vanish without a word.
+
+    Parameters
+    ----------
+    like : a net of the same architecture as all that are called
+    compiled : whether to compile the call
+    """
+
+    def __init__(self, like: nn.Module, compiled: bool = False):
+        def run(weights: dict[str, Tensor], slices: Tensor) -> Tensor:
+            return torch.func.functional_call(like, weights, (slices,))
+
+        self._run: Callable[..., Tensor] = torch.compile(run, dynamic=False) if compiled else run
+
+    def __call__(self, net: nn.Module, slices: Tensor) -> Tensor:
+        """What `net` makes of slices."""
+        return self._run({name: p.detach() for name, p in net.named_parameters()}, slices)
+
+
+class Recorded:
+    """`update`, recorded once as a CUDA graph and replayed: no kernel waits for Python.
+
+    The first updates run as they are. Slices of another shape than the recorded ones, too.
+
+    Parameters
+    ----------
+    t : its optimisers capturable, with learning rates on the device
+    """
+
+    def __init__(self, t: Training):
+        self._t, self._left = t, WARM_UPS
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._values = torch.empty(0)
+
+    def forget(self) -> None:
+        """Record anew: something that the graph refers to has been replaced."""
+        self._graph, self._left = None, WARM_UPS
+
+    def __call__(self, real_x: Tensor, real_y: Tensor, exchange: Tensor,
+                 ema_weight: float) -> Tensor:
+        """As `update`; what it returns is the caller's."""
+        t = self._t
+        device = t.process.device
+        fresh = (real_x, real_y, exchange.pin_memory(), torch.tensor(ema_weight).pin_memory())
+        if self._left or (self._graph and self._inputs[0].shape != real_x.shape):
+            inputs = [v.to(device, non_blocking=True) for v in fresh]
+            side = torch.cuda.Stream(device)  # as torch wants it before a recording
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                values = update(t, *inputs)
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._left = max(self._left - 1, 0)
+            return values
+        if self._graph is None:
+            self._inputs = [v.to(device, copy=True) for v in fresh]
+            self._graph = torch.cuda.CUDAGraph()
+            # other threads of this process may use the GPU meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._values = update(t, *self._inputs)
+        for into, value in zip(self._inputs, fresh):
+            into.copy_(value, non_blocking=True)
+        self._graph.replay()
+        return self._values.clone()
