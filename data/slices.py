@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.store import RowReader, SliceStore, rows_of, spans_of, split_value
 
-BLOCK = 32  # pairs that a thread reads at once, at least: at batch 1 a handover costs as much
+BLOCK = 128  # pairs that a thread reads at once, at least: a handover costs as much as reading 20
 # Up to so many slices a pass is shuffled as a whole (0.2 s, 16 MiB). Beyond, a place of the order
 # is computed when it is needed, so that a store of any size opens at once.
 SHUFFLED = 2 ** 22
@@ -85,11 +85,12 @@ class UnpairedBatches:
         pin : in page-locked memory, from which a GPU copies while the program goes on
         """
         steps = range(first_step, self.steps_per_epoch)
+        dtype = torch.float16 if half else torch.float32
         if workers == 0:
             for step in steps:
-                real_x, real_y = self._buffers(1, pin)
-                self._load(epoch, range(step, step + 1), real_x, real_y)
-                yield (real_x[0], real_y[0]) if half else (real_x[0].float(), real_y[0].float())
+                buffers = self._buffers(1, dtype, pin)
+                self._load(epoch, range(step, step + 1), *buffers)
+                yield buffers[0][0], buffers[1][0]
             return
         a_block = max(1, BLOCK // self._batch_size)
         blocks = (steps[i:i + a_block] for i in range(0, len(steps), a_block))
@@ -99,28 +100,33 @@ class UnpairedBatches:
                 while True:
                     # one more than there are threads: none of them waits while a block is used up
                     for block in itertools.islice(blocks, workers + 1 - len(ahead)):
-                        ahead.append(pool.submit(self._load, epoch, block,
-                                                 *self._buffers(len(block), pin)))
+                        buffers = self._buffers(len(block), dtype, pin)
+                        ahead.append(pool.submit(self._load, epoch, block, *buffers))
                     if not ahead:
                         return
-                    for real_x, real_y in zip(*ahead.popleft().result()):
-                        yield (real_x, real_y) if half else (real_x.float(), real_y.float())
+                    yield from zip(*ahead.popleft().result())
             finally:
                 for future in ahead:
                     future.cancel()
 
-    def _buffers(self, steps: int, pin: bool) -> tuple[Tensor, Tensor]:
-        """Make two (steps, N, 1, H, W) float16 to read into; not in a thread, which has no GPU."""
+    def _buffers(self, steps: int, dtype: torch.dtype, pin: bool) -> tuple[Tensor, Tensor]:
+        """Make two (steps, N, 1, H, W) to read into; not in a thread, which has no GPU set."""
         shape = (steps, self._batch_size, *self._shape)
-        x, y = (torch.empty(shape, dtype=torch.float16, pin_memory=pin) for _ in range(2))
+        x, y = (torch.empty(shape, dtype=dtype, pin_memory=pin) for _ in range(2))
         return x, y
 
     def _load(self, epoch: int, steps: range, real_x: Tensor,
               real_y: Tensor) -> tuple[Tensor, Tensor]:
         """Fill the buffers with the slices that these steps see."""
-        rows = zip(*(self.rows(epoch, step) for step in steps))
-        for reader, out, drawn in zip(self._readers, (real_x, real_y), rows):
-            reader.read_into(out.numpy().reshape(-1, *self._shape[1:]), np.concatenate(drawn))
+        drawn = zip(*(self.rows(epoch, step) for step in steps))
+        for reader, buffer, rows in zip(self._readers, (real_x, real_y), drawn):
+            out = buffer.numpy().reshape(-1, *self._shape[1:])
+            stored = out if out.dtype == np.float16 else np.empty_like(out, dtype=np.float16)
+            reader.read_into(stored, np.concatenate(rows))
+            if stored is not out:
+                # by NumPy: torch would do it with threads of its own, which those that train on
+                # the same cores would have to wait for
+                np.copyto(out, stored)
         return real_x, real_y
 
     def _places(self, epoch: int, turn: int, domain: int, first: int) -> np.ndarray:
