@@ -34,6 +34,7 @@ from data.openneuro import Archive, make_plan
 
 LEAST = 0.8
 DATASET, TAG, CONNECTIONS = "ds000001", "1.0.0", 4
+AHEAD = 4  # subjects on their way, as in preprocess.py with one worker
 # bytes of each file; no subject is without a T2w, so a single file has a tiny one beside it
 LARGE, ONE, SMALL = [20e6] * 8, [60e6, 2e3], [50e3] * 400
 # files, MB a second of the archive (125: a gigabit; None: as fast as loopback)
@@ -110,7 +111,7 @@ def fetch(api_url: str, folder: Path) -> float:
     with Archive(api_url) as source:
         plan = make_plan(source.snapshot(f"{DATASET}:{TAG}"))
         start = time.perf_counter()
-        with Download(source, plan, folder, keep=True, connections=CONNECTIONS,
+        with Download(source, plan, folder, ahead=AHEAD, keep=True, connections=CONNECTIONS,
                       progress=False) as download:
             for subject, reason in download:
                 if reason:

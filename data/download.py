@@ -265,6 +265,7 @@ class Download:
             if thread.is_alive():  # one that waits for a silent server ends with the process
                 thread.join(timeout=max(until - time.monotonic(), 0))
         self._helper.close()
+        self._line.connections.close()
         self._bar.close()
         with contextlib.suppress(OSError):  # a full disk, which is said already; notes remain
             self._manifest.flush()
@@ -499,21 +500,23 @@ class Download:
     def _fetch(self, file: File) -> dict[str, Any]:
         """Make a file whole; returns its manifest entry."""
         path = place(self.root, file.name)
-        if entry := self._is_whole(file):
-            return entry
-        if entry := self._adopt(file, path):
-            self._count(0, -(file.size or 0))
-            return entry
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        part = Part(path, self._line.stop, self._helper)
-        try:
-            self._manifest.refresh()
-            if entry := self._is_whole(file) or self._adopt(file, path):  # by another process
-                part.discard()
+        if os.path.lexists(path):
+            if entry := self._is_whole(file):
+                return entry
+            if entry := self._adopt(file, path):
                 self._count(0, -(file.size or 0))
                 return entry
-            path.unlink(missing_ok=True)  # so that a file beside a note is one that we renamed
+        if not os.path.isdir(path.parent):
+            os.makedirs(path.parent, exist_ok=True)
+        part = Part(path, self._line.stop, self._helper)
+        try:
+            if os.path.lexists(path):  # maybe by another process
+                self._manifest.refresh()
+                if entry := self._is_whole(file) or self._adopt(file, path):
+                    part.discard()
+                    self._count(0, -(file.size or 0))
+                    return entry
+                path.unlink(missing_ok=True)  # a file beside a note is one that we renamed
             transfer = Transfer(self._line, file, part, self._tag, self._count)
             with self._connections:
                 if self._line.stop.is_set():
