@@ -6,6 +6,8 @@ import logging
 import signal
 from dataclasses import dataclass
 
+import torch
+
 import console
 
 TINY = ["--features", "4", "--blocks", "1", "--device", "cpu", "--precision", "fp32",
@@ -33,6 +35,7 @@ def run_command(main, *args):
     out, err = io.StringIO(), io.StringIO()
     terminated = signal.getsignal(signal.SIGTERM)
     handlers, level = logging.root.handlers[:], logging.root.level
+    trying_out = torch.backends.cudnn.benchmark  # a training turns it on, for its process
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -43,4 +46,5 @@ def run_command(main, *args):
         signal.signal(signal.SIGTERM, terminated)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
+        torch.backends.cudnn.benchmark = trying_out
     return Outcome(code, out.getvalue(), err.getvalue())
