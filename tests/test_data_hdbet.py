@@ -386,8 +386,9 @@ def impatient(monkeypatch):
 ])
 def test_what_cannot_be_had_is_one_line_with_url_folder_and_the_way_out(
         models, folder, archive, monkeypatch, tmp_path, answer, reason):
-    impatient(monkeypatch)
     archive.answer = answer
+    if answer == "hold":  # a busy machine may take longer for the others' answers
+        impatient(monkeypatch)
     if answer == "other":
         with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
             other.writestr("readme.txt", "moved")
