@@ -541,7 +541,9 @@ def text_of(page, name):
 
 def choose(page, number, k, blend=100, direction="t1w-to-t2w"):
     """Set the viewer's controls: the subject by its number."""
-    page.set("viewer-subject", number)
+    if page.run("document.getElementById('viewer-subject').value") != str(number):
+        # else it would load again, and go to the middle slice when it has
+        page.set("viewer-subject", number)
     slices = list(N_SLICES.values())[3 + number]
     page.wait_for(f"document.getElementById('viewer-number').textContent.endsWith('of {slices}')")
     page.set("viewer-direction", direction)
