@@ -548,7 +548,8 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
     c, process, run = t.config, t.process, Path(t.config.run)
     last_step, epochs = t.last_step, c.epochs + c.epochs_decay
     # asking the others makes the CPU wait for the GPU
-    ask_every = 10 if process.world > 1 and process.device.type == "cuda" else 1
+    on_gpu = process.device.type == "cuda"
+    ask_every = 10 if process.world > 1 and on_gpu else 1
     bar = tqdm(total=last_step, initial=t.step, unit="step",
                disable=None if process.is_main else True)
     weights = {"lambda_cycle_x": c.lambda_cycle[0], "lambda_cycle_y": c.lambda_cycle[1],
@@ -560,15 +561,15 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
         timed, waited, since = 0, 0.0, time.monotonic()
         epoch_since = since
         epoch_waited, epoch_pairs = 0.0, 0
-        batches = loader.batches(t.epoch, t.epoch_step, c.workers)
+        batches = loader.batches(t.epoch, t.epoch_step, c.workers, half=on_gpu, pin=on_gpu)
         while t.epoch_step < t.steps_per_epoch and t.step < last_step and not stopped:
             # batch
             asked_at = time.monotonic()
             real_x, real_y = next(batches)
             waited += time.monotonic() - asked_at
             epoch_waited += time.monotonic() - asked_at
-            real_x, real_y = t.augment(real_x.to(process.device, non_blocking=True),
-                                       real_y.to(process.device, non_blocking=True))
+            real_x, real_y = t.augment(*(v.to(process.device, non_blocking=True).float()
+                                         for v in (real_x, real_y)))
             # step
             learning_rate = t.learning_rate
             t.note(train_step(t, real_x, real_y))
