@@ -49,8 +49,7 @@ class UnpairedBatches:
 
     def __init__(self, store: SliceStore, *, batch_size: int, steps_per_epoch: int = 0,
                  seed: int = 0, rank: int = 0, world: int = 1, strict: bool = False) -> None:
-        spans = _half_spans(store) if strict else (
-            spans_of(s for s in store.subjects if s["split"] == "train"),) * 2
+        spans = _half_spans(store) if strict else (store.spans("train"),) * 2
         self._slices = tuple(_Spans(each) for each in spans)
         self._taken = batch_size * world
         fewest = min(map(len, self._slices))
@@ -210,14 +209,14 @@ def halves(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
 
 def _half_spans(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
     """The rows of `halves` as `spans_of`."""
-    people = {(s["dataset"], s["subject"]) for s in store.subjects if s["split"] == "train"}
+    training = paired_subjects(store, "train")
+    people = {(s["dataset"], s["subject"]) for s in training}
     if len(people) < 2:
         raise ValueError(f"{store.folder}: has {len(people)} training subjects, --strict-unpaired "
                          "needs two at least")
     ordered = sorted(people, key=lambda person: (split_value(*person), person))
     first = set(ordered[:len(ordered) // 2])
-    x, y = (spans_of(s for s in store.subjects if s["split"] == "train"
-                     and ((s["dataset"], s["subject"]) in first) == wanted)
+    x, y = (spans_of(s for s in training if ((s["dataset"], s["subject"]) in first) == wanted)
             for wanted in (True, False))
     return x, y
 
@@ -230,8 +229,8 @@ def to_tensor(slices: np.ndarray) -> Tensor:
 
 def paired_subjects(store: SliceStore, split: str) -> list[dict[str, Any]]:
     """The rows of `subjects.tsv` in a split, for `paired_slices`."""
-    store.rows(split)  # refuses an unknown split
-    return [s for s in store.subjects if s["split"] == split]
+    store.spans(split)  # refuses an unknown split
+    return [store.subjects[place] for place in np.flatnonzero(store.subjects.splits == split)]
 
 
 def paired_slices(store: SliceStore, subject: dict[str, Any],

@@ -33,6 +33,7 @@ SPLITS = ("train", "val", "test")
 ARRAYS = ("t1w.npy", "t2w.npy", "mask.npy")
 TABLES = ("store.json", "subjects.tsv", "skipped.tsv")
 COUNTED = ("subjects", "sessions", "slices")
+_NEEDED = ("id", "split", "first_row", "n_slices")
 _AGAIN = "delete the store and run preprocess.py again"
 LAYOUT = "axial slices, inferior to superior; H anterior to posterior, W left to right"
 COMMIT = "commit.json"
@@ -67,7 +68,7 @@ class SliceStore:
     ----------
     folder : Path
     header : dict, the content of `store.json`
-    subjects : list of dict, the rows of `subjects.tsv` with `first_row` and `n_slices` as int
+    subjects : sequence of dict, the rows of `subjects.tsv` with `first_row`, `n_slices` as int
     t1w, t2w : (N, H, W) float16 memory maps in [-1, 1]
     packed_mask : (N, ceil(W / 8)) uint8 memory map of the brain's bits
 
@@ -82,7 +83,7 @@ class SliceStore:
         self.header = _read_header(self.folder)
         if (self.folder / COMMIT).exists():
             raise ValueError(f"{self.folder}: a write was interrupted; run preprocess.py again")
-        self.subjects = _read_subjects(self.folder)
+        self.subjects = Subjects(self.folder / "subjects.tsv")
         self.t1w, self.t2w, self.packed_mask = (self._open(name) for name in ARRAYS)
         self._check_shapes()
 
@@ -96,9 +97,13 @@ class SliceStore:
 
     def rows(self, split: str) -> np.ndarray:
         """(n,) int64 rows of a split, in the store's order."""
+        return rows_of(self.spans(split))
+
+    def spans(self, split: str) -> np.ndarray:
+        """(n, 2) int64: first row and number of slices of each subject of a split."""
         if split not in SPLITS:
             raise ValueError(f"split '{split}' is unknown; one of {', '.join(SPLITS)}")
-        return rows_of(spans_of(s for s in self.subjects if s["split"] == split))
+        return self.subjects.spans[self.subjects.splits == split]
 
     def mask(self, rows: np.ndarray | slice) -> np.ndarray:
         """(n, H, W) bool: the brain in these rows."""
@@ -128,7 +133,7 @@ class SliceStore:
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{self.folder / name}: is {array.shape} {array.dtype}, "
                                  f"store.json says {shape} {dtype}; {_AGAIN}")
-        first, counts = spans_of(self.subjects).T
+        first, counts = self.subjects.spans.T
         due = np.cumsum(counts) - counts
         for place in np.flatnonzero((first != due) | (counts < 1))[:1]:
             raise ValueError(f"{self.folder / 'subjects.tsv'}: {self.subjects[place]['id']} starts "
@@ -162,31 +167,55 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _read_subjects(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "subjects.tsv"
-    subjects: list[dict[str, Any]] = list(read_table(path))
-    # a line that is too short lacks its last columns
-    last = [c for c in (subjects[0] if subjects else ()) if c][-1:]
-    if any(subject.get(c) is None for subject in subjects for c in last) or not all(
-            c in subject for subject in subjects[:1] for c in COLUMNS):
-        lacking = [c for c in COLUMNS if any(subject.get(c) is None for subject in subjects)]
-        raise ValueError(f"{path}: lacks {', '.join(lacking)}; {_AGAIN}")
-    for subject in subjects:
-        try:
-            subject["first_row"] = int(subject["first_row"])
-            subject["n_slices"] = int(subject["n_slices"])
-            known = subject["split"] in SPLITS and subject["id"] and (
-                abs(subject["first_row"]) + abs(subject["n_slices"]) < 2 ** 62)
-        except (ValueError, TypeError):
-            known = None
-        if not known:
-            raise ValueError(f"{path}: {subject['id']} has a wrong split, first_row or n_slices; "
-                             f"{_AGAIN}")
-    return subjects
+class Subjects(Sequence[dict[str, Any]]):
+    """The rows of `subjects.tsv`, each made into a dict when it is asked for.
+
+    All at once, a million subjects would take each process 7 s and 2.4 GB.
+
+    Attributes
+    ----------
+    spans : (n, 2) int64, first row and number of slices of each
+    splits : (n,) of `SPLITS`
+
+    Raises
+    ------
+    ValueError : a table without what a store needs
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._names, self._lines = _read_lines(path)
+        shortest = min((line.count("\t") for line in self._lines), default=len(COLUMNS)) + 1
+        lacking = [c for c in COLUMNS if c not in self._names[:shortest]]
+        if lacking and self._lines:
+            raise ValueError(f"{path}: lacks {', '.join(lacking)}; {_AGAIN}")
+        self.spans = np.empty((len(self._lines), 2), np.int64)
+        self.splits = np.empty(len(self._lines), "U5")
+        wanted = [self._names.index(c) for c in _NEEDED] if self._lines else []
+        for place, line in enumerate(self._lines):
+            values = line.split("\t", max(wanted) + 1)
+            name, split, first, count = (values[i] for i in wanted)
+            try:
+                self.spans[place] = int(first), int(count)
+            except (ValueError, OverflowError):
+                name = ""
+            if not name or split not in SPLITS:
+                raise ValueError(f"{path}: {values[wanted[0]]} has a wrong split, first_row or "
+                                 f"n_slices; {_AGAIN}")
+            self.splits[place] = split
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        row = _make_row(self._names, self._lines[place])
+        row["first_row"], row["n_slices"] = self.spans[place].tolist()
+        return row
 
 
 def spans_of(subjects: Iterable[dict[str, Any]]) -> np.ndarray:
-    """(n, 2) int64: first row and number of slices of each of these rows of `subjects.tsv`."""
+    """(n, 2) int64: first row and number of slices of each of these rows of `Subjects`."""
     pairs = (number for s in subjects for number in (s["first_row"], s["n_slices"]))
     return np.fromiter(pairs, np.int64).reshape(-1, 2)
 
@@ -234,31 +263,33 @@ class RowReader:
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a tab-separated table with a header line; [] where there is no such file.
 
-    As `csv.DictReader` has it, in half the time: a short line's last columns are None, what a long
-    one has too much is a list under None, empty lines are left out.
+    As `csv.DictReader` has it: a short line's last columns are None, what a long one has too much
+    is a list under None, empty lines are left out.
     """
-    rows: list[dict[str, Any]] = []
+    names, lines = _read_lines(path)
+    return [_make_row(names, line) for line in lines]
+
+
+def _read_lines(path: Path) -> tuple[list[str], list[str]]:
+    """Columns and lines of a table; none where there is no such file."""
     try:
-        with open(path, encoding="utf-8") as lines:
-            header = next(lines, "").rstrip("\n")
-            before = names = header.split("\t") if header else []
-            for line in lines:
-                values: list[Any] = line.rstrip("\n").split("\t")
-                if values == [""]:
-                    continue
-                if len(values) == len(names):
-                    # what stands in line after line, as the dataset's name does, is kept once
-                    values = [old if old == new else new for old, new in zip(before, values)]
-                    before = values
-                row: dict[Any, Any] = dict(zip(names, values + [None] * len(names)))
-                if len(values) > len(names):
-                    row[None] = values[len(names):]
-                rows.append(row)
+        with open(path, encoding="utf-8") as table_file:
+            header, *lines = table_file.read().split("\n")
     except FileNotFoundError:
-        return []
+        return [], []
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a table of text; {_AGAIN}") from None
-    return rows
+    return header.split("\t") if header else [], [line for line in lines if line]
+
+
+def _make_row(names: list[str], line: str) -> dict[Any, Any]:
+    values: list[Any] = line.split("\t")
+    row: dict[Any, Any] = dict(zip(names, values))
+    if len(values) < len(names):
+        row = dict(zip(names, values + [None] * len(names)))
+    elif len(values) > len(names):
+        row[None] = values[len(names):]
+    return row
 
 
 # ------------------------------------------------------------------------------------------ split

@@ -193,6 +193,32 @@ def test_scattered_rows_are_read_as_they_stand_and_none_beyond_the_end(tmp_path)
                                                   np.array([wrong]))
 
 
+def test_subjects_are_a_sequence_whose_rows_are_made_when_asked_for(tmp_path):
+    opened = build(tmp_path, [part("a", 5), part("b", 4), part("c", 2)])
+    table = store.read_table(tmp_path / "subjects.tsv")
+    wanted = [row | {"first_row": first, "n_slices": n}
+              for row, first, n in zip(table, (0, 5, 9), (5, 4, 2))]
+    subjects = opened.subjects
+    assert list(subjects) == wanted and len(subjects) == 3 and subjects[1:] == wanted[1:]
+    assert subjects[-1] == wanted[-1] and subjects[np.int64(1)] == wanted[1]
+    assert all(type(subjects[0][c]) is int for c in ("first_row", "n_slices"))
+    with pytest.raises(IndexError):
+        subjects[3]
+    np.testing.assert_array_equal(opened.spans("val"), [[5, 4]])
+    np.testing.assert_array_equal(store.rows_of(np.array([[9, 2], [0, 3]])), [9, 10, 0, 1, 2])
+
+
+@pytest.mark.parametrize("column, value", [
+    ("first_row", "1.5"), ("n_slices", ""), ("first_row", "9" * 30), ("split", "dev"), ("id", "")])
+def test_a_wrong_cell_of_the_table_is_refused(column, value, tmp_path):
+    build(tmp_path, [part("a", 5), part("b", 4)])
+    lines = [line.split("\t") for line in (tmp_path / "subjects.tsv").read_text().splitlines()]
+    lines[2][lines[0].index(column)] = value
+    (tmp_path / "subjects.tsv").write_text("\n".join(map("\t".join, lines)) + "\n")
+    with pytest.raises(ValueError, match="subjects.tsv: .* has a wrong split, first_row or n_sli"):
+        SliceStore(tmp_path)
+
+
 def test_a_table_is_read_as_csv_reads_it(tmp_path):
     draws = np.random.default_rng(0)
     pieces = ["a", "b", "\t", "\t", "\n", "\r\n", " ", '"', "é", "\\", "a\tb\n", "\n\n"]
