@@ -54,6 +54,8 @@ class TrainConfig:
     gan_loss: str = "lsgan"
     lambda_cycle: tuple[float, float] = (10.0, 10.0)
     lambda_identity: float = 0.1
+    lambda_start: float = 10.0
+    start_pairs: int = 500
     history_size: int = 50
     lr: float = 2e-4
     betas: tuple[float, float] = (0.5, 0.999)
@@ -87,6 +89,8 @@ HELP = {
         "gan_loss": "least squares, log form of eq. 1, or hinge",
         "lambda_cycle": "weight of the cycle loss of T1w and of T2w (one number serves both)",
         "lambda_identity": "weight of the identity loss",
+        "lambda_start": "weight of the distance to a first guess, the histogram in reversed order",
+        "start_pairs": "slice pairs over which that weight falls to 0 (0: no first guess)",
         "history_size": "generated slices kept for the discriminators, in each process (0: off)",
     },
     "optimiser": {
@@ -211,7 +215,8 @@ def _check_config(c: TrainConfig) -> None:
     """Refuse what would fail later, or never end."""
     least = {"epochs": 0, "epochs_decay": 0, "steps_per_epoch": 0, "max_steps": 0, "batch_size": 1,
              "features": 1, "blocks": 0, "history_size": 0, "workers": 0, "log_every": 1, "seed": 0,
-             "keep_best": 0, "lambda_identity": 0, "save_minutes": 0}
+             "keep_best": 0, "lambda_identity": 0, "lambda_start": 0, "start_pairs": 0,
+             "save_minutes": 0}
     for name, low in least.items():
         if not low <= getattr(c, name) < math.inf:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least {low}")

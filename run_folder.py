@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from torchvision.utils import save_image
 
 try:
     import fcntl
@@ -155,6 +154,8 @@ class RunLog:
         if self._on:
             self._board.add_image("samples", picture, step)
             path.parent.mkdir(exist_ok=True)
+            from torchvision.utils import save_image  # whose import would delay the first step
+
             save_image(picture, path)
 
     def moment(self, moment: progress.Moment) -> None:

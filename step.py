@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from losses.adversarial import discriminator_loss, generator_loss, rightly_judged
 from losses.consistency import cycle_loss, identity_loss
+from losses.start import start_loss, turned
 
 if TYPE_CHECKING:
     from config import TrainConfig
@@ -49,7 +50,7 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
             group["lr"] = rate
     exchange = torch.stack([part for name in ("x", "y")
                             for part in t.history[name].draw(len(real_x))])
-    values = t.update(real_x, real_y, exchange, t.ema.weight(t.step))
+    values = t.update(real_x, real_y, exchange, t.ema.weight(t.step), t.start_weight)
     t.step += 1
     t.epoch_step += 1
     t.slices_seen += len(real_x) * t.process.world
@@ -57,13 +58,14 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
 
 
 def update(t: Training, real_x: Tensor, real_y: Tensor, exchange: Tensor,
-           ema_weight: float | Tensor) -> Tensor:
+           ema_weight: float | Tensor, start_weight: float | Tensor = 0.0) -> Tensor:
     """What `train_step` does on the device: terms, gradients, weights, averages, histories.
 
     Parameters
     ----------
     exchange : (4, N) int64, of `ImageHistory.draw` for X and for Y
     ema_weight : share of the nets that goes into their averages
+    start_weight : of the distance to the first guess; a number of 0 leaves it out
     """
     c = t.config
     n = len(real_x)
@@ -86,6 +88,10 @@ def update(t: Training, real_x: Tensor, real_y: Tensor, exchange: Tensor,
         identity_x = identity_loss(real_x, from_y[n:])
         identity_y = identity_loss(real_y, from_x[n:])
         loss = loss + c.lambda_identity * (identity_x + identity_y)
+    if isinstance(start_weight, Tensor) or start_weight > 0:
+        guess_y = turned(real_x, t.quantiles["t1w"], t.quantiles["t2w"])
+        guess_x = turned(real_y, t.quantiles["t2w"], t.quantiles["t1w"])
+        loss = loss + start_weight * (start_loss(guess_y, fake_y) + start_loss(guess_x, fake_x))
     t.scaler.scale(loss).backward()
     norms_g, skipped_g = _gradient_norms(t, "generators", ("G", "F"))
     t.scaler.step(t.optimizers["generators"])
@@ -170,7 +176,8 @@ class Frozen:
 class Recorded:
     """`update`, recorded once as a CUDA graph and replayed: no kernel waits for Python.
 
-    The first updates run as they are. Slices of another shape than the recorded ones, too.
+    The first updates run as they are. Recorded once more without the first guess when that has
+    served; slices of another shape than at first run as they are.
 
     Parameters
     ----------
@@ -178,22 +185,25 @@ class Recorded:
     """
 
     def __init__(self, t: Training):
-        self._t, self._left = t, WARM_UPS
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor] = []
-        self._values = torch.empty(0)
+        self._t = t
+        self.forget()
 
     def forget(self) -> None:
-        """Record anew: something that the graph refers to has been replaced."""
-        self._graph, self._left = None, WARM_UPS
+        """Record anew: something that the graphs refer to has been replaced."""
+        self._left = WARM_UPS
+        self._shape: torch.Size | None = None
+        # by whether the first guess takes part: graph, its inputs, what it gives
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    def __call__(self, real_x: Tensor, real_y: Tensor, exchange: Tensor,
-                 ema_weight: float) -> Tensor:
+    def __call__(self, real_x: Tensor, real_y: Tensor, exchange: Tensor, ema_weight: float,
+                 start_weight: float = 0.0) -> Tensor:
         """As `update`; what it returns is the caller's."""
-        t = self._t
-        device = t.process.device
-        fresh = (real_x, real_y, exchange.pin_memory(), torch.tensor(ema_weight).pin_memory())
-        if self._left or (self._graph and self._inputs[0].shape != real_x.shape):
+        t, device, led = self._t, self._t.process.device, start_weight > 0
+        numbers = [ema_weight, start_weight] if led else [ema_weight]
+        fresh = [real_x, real_y, exchange.pin_memory(),
+                 *(torch.tensor(number).pin_memory() for number in numbers)]
+        self._shape = self._shape or real_x.shape
+        if self._left or real_x.shape != self._shape:
             inputs = [v.to(device, non_blocking=True) for v in fresh]
             side = torch.cuda.Stream(device)  # as torch wants it before a recording
             side.wait_stream(torch.cuda.current_stream(device))
@@ -202,13 +212,16 @@ class Recorded:
             torch.cuda.current_stream(device).wait_stream(side)
             self._left = max(self._left - 1, 0)
             return values
-        if self._graph is None:
-            self._inputs = [v.to(device, copy=True) for v in fresh]
-            self._graph = torch.cuda.CUDAGraph()
+        if led not in self._graphs:
+            self._graphs.clear()  # one that has served is not needed again
+            inputs = [v.to(device, copy=True) for v in fresh]
+            graph = torch.cuda.CUDAGraph()
             # other threads of this process may use the GPU meanwhile
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._values = update(t, *self._inputs)
-        for into, value in zip(self._inputs, fresh):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                recorded = update(t, *inputs)
+            self._graphs[led] = graph, inputs, recorded
+        graph, inputs, recorded = self._graphs[led]
+        for into, value in zip(inputs, fresh):
             into.copy_(value, non_blocking=True)
-        self._graph.replay()
-        return self._values.clone()
+        graph.replay()
+        return recorded.clone()

@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -38,7 +37,7 @@ import console
 import health
 from config import TrainConfig, parse_args, plain
 from data.augment import flip_left_right
-from data.contrast import training_figures
+from data.contrast import intensity_quantiles, training_figures
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
 from data.store import SliceStore, write_atomically
 from device import (Process, autocast, choose_precision, first_speaks, peak_memory_gib,
@@ -82,16 +81,21 @@ class Training:
     process : this one
     steps_per_epoch : steps, what the schedule counts in
     preprocessing : record of how the slices were made, for the checkpoints
+    quantiles : of `data.contrast.intensity_quantiles`, for the first guess; without them there is
+        none
     """
 
     def __init__(self, config: TrainConfig, process: Process, steps_per_epoch: int,
-                 preprocessing: dict[str, Any] | None = None):
+                 preprocessing: dict[str, Any] | None = None,
+                 quantiles: dict[str, np.ndarray] | None = None):
         self.config, self.process = config, process
         self.steps_per_epoch, self.preprocessing = steps_per_epoch, preprocessing or {}
         nets = CycleGAN(config.features, config.blocks, config.upsample)
         init_weights(nets, torch.Generator().manual_seed(config.seed))
         self.nets = nets.to(process.device)
         self.ema = EMA(self.nets, config.ema)
+        self.quantiles = {name: torch.from_numpy(values).to(process.device)
+                          for name, values in (quantiles or {}).items()}
         self.precision = choose_precision(config.precision, process.device)
         # the all-reduce of many processes and the decisions of fp16's scaler are not in the graph
         recorded = (config.cuda_graph and process.device.type == "cuda"
@@ -157,6 +161,13 @@ class Training:
         c = self.config
         left = c.epochs + c.epochs_decay - self.epoch - self.epoch_step / self.steps_per_epoch
         return c.lr * min(1.0, left / c.epochs_decay) if c.epochs_decay else c.lr
+
+    @property
+    def start_weight(self) -> float:
+        """Of the distance to the first guess: falls linearly to 0 over `start_pairs`."""
+        c = self.config
+        left = 1 - self.slices_seen / c.start_pairs if c.start_pairs and self.quantiles else 0
+        return c.lambda_start * max(left, 0.0)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision for the nets' forward passes; the losses compute in float32."""
@@ -385,6 +396,8 @@ def sample_grid(t: Training, store: SliceStore, count: int = 4) -> Tensor:
 
     Columns: T1w, translated, cycled, identity, then T2w, translated, cycled, identity.
     """
+    from torchvision.utils import make_grid  # whose import would delay the first step
+
     rows = fixed_rows(store, count)
     real_x, real_y = (to_tensor(a[rows]).to(t.process.device) for a in (store.t1w, store.t2w))
     with t.autocast():
@@ -510,7 +523,8 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
                              world=process.world, strict=config.strict_unpaired)
     state, last = find_resume(config, args, record)
-    t = Training(config, process, loader.steps_per_epoch, record)
+    t = Training(config, process, loader.steps_per_epoch, record,
+                 intensity_quantiles(store) if config.start_pairs else None)
     t.where = functools.partial(name_slices, store, loader)
     if state:
         t.load(state)
@@ -571,7 +585,7 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
             real_x, real_y = t.augment(*(v.to(process.device, non_blocking=True).float()
                                          for v in (real_x, real_y)))
             # step
-            learning_rate = t.learning_rate
+            learning_rate, start_weight = t.learning_rate, t.start_weight
             t.note(train_step(t, real_x, real_y))
             timed += 1
             epoch_pairs += c.batch_size * process.world
@@ -584,7 +598,8 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
                 run_log.record("loss", t.step, terms)
                 run_log.record("speed", t.step,
                                {"pairs_per_s": rate, "waiting": waited / seconds})
-                run_log.record("schedule", t.step, {"lr": learning_rate, **weights})
+                run_log.record("schedule", t.step, {"lr": learning_rate, **weights,
+                                                    "lambda_start": start_weight})
                 run_log.interval(f"epoch {t.epoch + 1}/{epochs}  step {t.step}/{last_step}  "
                                  f"{rate:.2f} pairs/s  {_line_of(terms)}", on_screen=bar.disable)
                 bar.set_postfix_str(_line_of({name: terms[name] for name in NETS}), refresh=False)

@@ -122,6 +122,29 @@ def training_figures(store: SliceStore) -> dict[str, Any]:
     return record
 
 
+def intensity_quantiles(store: SliceStore, steps: int = 256) -> dict[str, np.ndarray]:
+    """How the intensities of the training subjects' brains are distributed.
+
+    Parameters
+    ----------
+    steps : equal steps from the darkest to the brightest
+
+    Returns
+    -------
+    `t1w`, `t2w` : (steps + 1,) float32 quantiles in [-1, 1], ascending, all subjects counting alike
+        (of many, `MOST_SUBJECTS` are looked at)
+    """
+    subjects = [s for s in store.subjects if s["split"] == "train"]
+    shares, found = np.linspace(0, 1, steps + 1), {}
+    looked_at = [store.of_subject(s) for s in subjects[::-(-len(subjects) // MOST_SUBJECTS)]]
+    for place, name in enumerate(("t1w", "t2w")):
+        # the mean of quantiles would be no subject's: the values are put together
+        drawn = [np.quantile(arrays[place][arrays[2]].astype(np.float32), np.linspace(0, 1, 2049))
+                 for arrays in looked_at]
+        found[name] = np.quantile(np.concatenate(drawn), shares).astype(np.float32)
+    return found
+
+
 def far_from_training(figures: Figures, suffix: str, sizes: dict[str, float],
                       record: dict[str, Any]) -> list[str]:
     """What of a volume is far from all that training had, a line each with the figures.

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,30 @@ def test_a_checkpoint_of_a_recorded_run_is_one_of_any_other(monkeypatch):
     assert type(resumed.optimizers["generators"].param_groups[0]["lr"]) is float
 
 
+def led(config, device=CPU):
+    quantiles = {name: np.linspace(-0.9, high, 33, dtype=np.float32)
+                 for name, high in (("t1w", 0.9), ("t2w", 0.5))}
+    return Training(config, Process(0, 1, device), 10, quantiles=quantiles)
+
+
+def test_the_first_guess_leads_less_and_less_and_then_no_more():
+    t, weights = led(replace(CONFIG, start_pairs=4, lambda_start=8.0)), []
+    for k in range(6):
+        weights.append(t.start_weight)
+        train_step(t, *draw_slices(1, seed=k))
+    assert weights == [8.0, 6.0, 4.0, 2.0, 0.0, 0.0]
+    assert training(replace(CONFIG, start_pairs=4)).start_weight == 0  # nothing to guess from
+
+
+def test_led_nets_turn_the_contrast_round():
+    config = replace(CONFIG, features=8, lr=2e-3, start_pairs=10 ** 6, lambda_start=50.0)
+    t, real_x = led(config), torch.linspace(-0.8, 0.8, 32).expand(1, 1, 32, 32).contiguous()
+    for _ in range(40):
+        train_step(t, real_x, real_x)
+    inner = t.nets.G(real_x)[0, 0, :, 4:-4].mean(0)
+    assert np.corrcoef(inner.detach(), real_x[0, 0, 0, 4:-4])[0, 1] < -0.8
+
+
 # ------------------------------------------------------------------------------------------ CUDA
 
 GPU = torch.device("cuda", 0)
@@ -138,7 +163,7 @@ def test_a_recorded_run_is_an_eager_one(n, exact):
     eager, recorded = training(replace(config, cuda_graph=False), GPU), training(config, GPU)
     assert isinstance(recorded.update, Recorded) and not isinstance(eager.update, Recorded)
     for k in range(8):
-        recorded_before = recorded.update._graph
+        recorded_before = dict(recorded.update._graphs)
         slices = draw_slices(n, seed=k).cuda()
         values = [train_step(t, *slices) for t in (recorded, eager)]
         torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4)
@@ -153,7 +178,22 @@ def test_a_recorded_run_is_an_eager_one(n, exact):
                     p.copy_(q)
         torch.testing.assert_close(recorded.history["x"].state_dict()["images"],
                                    eager.history["x"].state_dict()["images"], rtol=1e-3, atol=1e-4)
-    assert recorded_before is not None and recorded.update._graph is recorded_before
+    assert recorded_before and recorded.update._graphs == recorded_before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(NO_GPU, reason="no CUDA GPU here")
+def test_a_recorded_run_is_led_as_an_eager_one_is(exact):
+    config = replace(CONFIG, start_pairs=12)
+    eager, recorded = led(replace(config, cuda_graph=False), GPU), led(config, GPU)
+    for k in range(8):  # three as they are, three replays with the guess, two without
+        slices = draw_slices(2, seed=k).cuda()
+        for p, q in zip(recorded.nets.parameters(), eager.nets.parameters()):
+            p.data.copy_(q)
+        values = [train_step(t, *slices) for t in (recorded, eager)]
+        torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4)
+        assert_same_gradients(gradients(recorded), gradients(eager), 1e-3)
+        assert k < 3 or list(recorded.update._graphs) == [k < 6]
 
 
 @pytest.mark.cuda
