@@ -32,7 +32,7 @@ WATCHED = ("D_X_right_real", "D_X_right_fake", "D_Y_right_real", "D_Y_right_fake
 # Compiling costs about so many seconds, and gains so many a slice pair at 64 features on a CPU core
 # or an H100 (benchmarks/RESULTS.md).
 COMPILING_S = 100.0
-GAINED_S = {"cpu": 0.3, "cuda": 0.001}
+GAINED_S = {"cpu": 0.3, "cuda": 0.003}
 WARM_UPS = 3  # updates before a graph is recorded: compilation and the optimisers' state
 
 
