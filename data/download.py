@@ -265,7 +265,6 @@ class Download:
             if thread.is_alive():  # one that waits for a silent server ends with the process
                 thread.join(timeout=max(until - time.monotonic(), 0))
         self._helper.close()
-        self._line.connections.close()
         self._bar.close()
         with contextlib.suppress(OSError):  # a full disk, which is said already; notes remain
             self._manifest.flush()

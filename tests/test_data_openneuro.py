@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,8 @@ from data import bids, download, openneuro, transfer  # noqa: E402
 from data.download import Download  # noqa: E402
 from data.openneuro import (Archive, Snapshot, check_name, make_plan, parse_spec,  # noqa: E402
                             place)
-from data.transfer import ArchiveError, Damaged, File, Patience, inspect  # noqa: E402
+from data.transfer import (ArchiveError, Damaged, File, Patience, Refused,  # noqa: E402
+                           Unreachable, inspect)
 from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -466,6 +468,7 @@ PASSING = {
     "Content-Length too large": [Fault(headers={"Content-Length": "999999"})],
     "Content-Length too small": [Fault(headers={"Content-Length": "1000"})],
     "Content-Length nonsense": [Fault(headers={"Content-Length": "many"})],
+    "no Content-Length": [Fault(cut=80_000, headers={"Content-Length": None})],
     "HTML body": [Fault(body=b"<!DOCTYPE html><html>Sorry</html>")],
     "HTML body that says so": [Fault(headers={"Content-Type": "text/html"})],
     "error body": [Fault(body=b'{"error": "an unknown error occurred accessing this file"}')],
@@ -672,6 +675,115 @@ def test_an_https_archive_never_leads_to_http(tree, tmp_path, certificate, monke
         assert "which is not https" in reason and not server.log
 
 
+@contextlib.contextmanager
+def listening(answer, times=100):
+    """Give the same bytes to every request on loopback, and hang up after so many.
+
+    Yields host:port, and a list that fills with (peer, head) of each request.
+    """
+    heads = []
+
+    def serve(sock):
+        with sock:
+            for _ in range(times):
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    if not (block := sock.recv(4096)):
+                        return
+                    head += block
+                heads.append((sock.getpeername(), head.decode()))
+                sock.sendall(answer)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}", heads
+        server.shutdown(socket.SHUT_RDWR)
+
+
+HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+
+
+@pytest.fixture
+def line():
+    with Archive("http://127.0.0.1:9", patience=QUICK) as archive:
+        yield archive.line
+
+
+def body(line, url):
+    """All bytes of an address, by as many tries as it takes."""
+    def attempt():
+        with line.get(url, {}) as response:
+            return b"".join(response.iter_raw())
+
+    return line.persist(attempt)
+
+
+def test_a_connection_that_the_server_closed_while_idle_is_replaced(line):
+    with listening(HELLO, times=1) as (there, heads):
+        assert [body(line, f"http://{there}/") for _ in range(3)] == [b"hello"] * 3
+    assert len({peer for peer, _ in heads}) == 3
+
+
+def test_a_body_that_was_not_read_does_not_precede_the_next_one(line):
+    with listening(HELLO) as (there, heads):
+        with line.get(f"http://{there}/", {}):
+            pass
+        with pytest.raises(KeyError), line.get(f"http://{there}/", {}):
+            raise KeyError
+        assert body(line, f"http://{there}/") == b"hello"
+    assert len({peer for peer, _ in heads}) == 3
+
+
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhello", b"hello", b""])
+def test_an_answer_that_is_none_is_given_up(line, answer):
+    with listening(answer, times=1) as (there, heads), pytest.raises(Refused) as caught:
+        body(line, f"http://{there}/")
+    assert len(heads) == QUICK.attempts and not isinstance(caught.value, Unreachable)
+
+
+def test_who_is_silent_or_not_there_is_unreachable(line):
+    with listening(b"") as (there, _), pytest.raises(Unreachable, match="no answer in time"):
+        body(line, f"http://{there}/")
+    with pytest.raises(Unreachable, match="refused"):
+        body(line, "http://127.0.0.1:9/")
+
+
+def test_addresses_may_have_spaces_letters_of_any_alphabet_and_a_user(line):
+    with listening(HELLO) as (there, heads):
+        assert body(line, f"http://me:a%20b@{there}/ä b%20c?d=e f") == b"hello"
+    assert heads[0][1].startswith("GET /%C3%A4%20b%20c?d=e%20f HTTP/1.1\r\n")
+    assert f"Host: {there}\r\n" in heads[0][1]
+    assert "Authorization: Basic bWU6YSBi" in heads[0][1]
+
+
+def test_a_proxy_of_the_environment_is_asked_unless_the_host_is_excepted(monkeypatch):
+    with listening(HELLO) as (proxy, heads):
+        monkeypatch.setenv("http_proxy", f"http://me:pw@{proxy}")
+        monkeypatch.setenv("no_proxy", "b.invalid")
+        with Archive("http://a.invalid", patience=QUICK) as archive:
+            assert body(archive.line, "http://a.invalid/b?c") == b"hello"
+            with pytest.raises(Unreachable):
+                body(archive.line, "http://b.invalid/")
+    assert len(heads) == 1 and "Proxy-Authorization: Basic bWU6cHc=" in heads[0][1]
+    assert heads[0][1].startswith("GET http://a.invalid/b?c HTTP/1.1\r\nHost: a.invalid\r\n")
+
+
+def test_a_secure_server_is_reached_through_a_proxys_tunnel(monkeypatch):
+    with listening(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n") as (proxy, heads):
+        monkeypatch.setenv("all_proxy", f"http://{proxy}")
+        with Archive("https://a.invalid", patience=QUICK) as archive, pytest.raises(
+                Refused, match="403"):
+            body(archive.line, "https://a.invalid/secret")
+    assert heads[0][1].startswith("CONNECT a.invalid:443 HTTP/1.")
+    assert "secret" not in heads[0][1]
+
+
 def test_retry_after_is_honoured_in_seconds_and_as_a_date(server, tmp_path):
     date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)
     server.fault("s3", T1W, Fault(status=429, headers={"Retry-After": "1"}))
@@ -742,6 +854,15 @@ def test_damaged_files_of_all_kinds_are_told_from_whole_ones(tmp_path):
                        "README": b"", "README.md": b"<p align=center>Heads</p>",
                        "a.tsv": "id\tname\n1\tü".encode("latin-1")}.items():
         inspect(broken(tmp_path, "file.part", good), name)
+
+
+def test_nibabel_checks_the_header_of_every_file(tmp_path, caplog):
+    content = bytearray(nifti(tmp_path))
+    inspect(broken(tmp_path, "a.nii", bytes(content)), "a.nii")
+    assert not caplog.messages
+    content[252:254] = (99).to_bytes(2, sys.byteorder)  # qform_code, of which there are five
+    inspect(broken(tmp_path, "a.nii", bytes(content)), "a.nii")
+    assert "qform_code" in caplog.text
 
 
 @pytest.mark.parametrize("library", ["zlib", "isal.isal_zlib"])
