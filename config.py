@@ -29,14 +29,19 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
                   "compile", "cuda_graph", "workers", "log_every", "save_minutes", "keep_best")
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
+# `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
+# half of the cycle's)
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0}}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """All options of a run and the only place with their defaults (Zhu et al. 2017, sec. 4, 7.1).
 
-    Two differ from the paper: the identity weight is 0.1 (T1w and T2w contrast is inverted, and on
-    real heads a weight of 5 taught copying), and G and F are averaged for use (`ema`).
+    Three differ from the paper: the identity weight is 0.1 (T1w and T2w contrast is inverted, and
+    on real heads a weight of 5 taught copying), G and F are averaged for use (`ema`), and a first
+    guess leads the first slices (`start_pairs`). What was measured: benchmarks/RECIPES.md.
     """
 
     slices: str = "slices"
@@ -141,6 +146,10 @@ def parse_args(argv: list[str] | None,
             else:
                 group.add_argument(option, type=type(value), default=value, help=text,
                                    choices=CHOICES.get(name))
+    group.add_argument("--recipe", choices=RECIPES, default="default",
+                       help="options that belong together: the defaults, or the paper's own (also "
+                            "identity weight 5, no averages, no first guess); --config and the "
+                            "command line stand above it")
     group.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS,
                        help="options from a TOML file, or from a run's config.json; the command "
                             "line stands above it")
@@ -152,9 +161,10 @@ def parse_args(argv: list[str] | None,
     group.add_argument("--gif", action="store_true",
                        help="train nothing; write progress_t1w.gif and progress_t2w.gif of the run "
                             "as far as it is (each run does so at its end)")
-    file = parser.parse_known_args(argv)[0]
-    if hasattr(file, "config"):
-        parser.set_defaults(**read_config(file.config))
+    first = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**RECIPES[first.recipe])
+    if hasattr(first, "config"):
+        parser.set_defaults(**read_config(first.config))
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     values["betas"] = tuple(values["betas"])
