@@ -7,7 +7,6 @@ update itself never waits for a GPU. `--no-cuda-graph` and `--compile no` switch
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -29,10 +28,10 @@ NETS = ("G", "F", "D_X", "D_Y")
 # whether fp16 skipped an update.
 WATCHED = ("D_X_right_real", "D_X_right_fake", "D_Y_right_real", "D_Y_right_fake",
            *(f"gradient_{name}" for name in NETS), "skipped")
-# Compiling costs about so many seconds, and gains so many a slice pair at 64 features on a CPU core
-# or an H100 (benchmarks/RESULTS.md).
+# Compiling costs about so many seconds, and gains so many a slice pair at 64 features on an H100;
+# on a CPU with AVX512-BF16 it gained nothing (benchmarks/RESULTS.md).
 COMPILING_S = 100.0
-GAINED_S = {"cpu": 0.3, "cuda": 0.003}
+GAINED_S = 0.003
 WARM_UPS = 3  # updates before a graph is recorded: compilation and the optimisers' state
 
 
@@ -141,12 +140,11 @@ def compilation_pays(config: TrainConfig, device: torch.device, steps_per_epoch:
     """
     if config.compile != "auto":
         return config.compile == "yes"
-    if not (importlib.util.find_spec("triton") if device.type == "cuda"
-            else any(map(shutil.which, ("c++", "g++", "clang++")))):
+    if device.type != "cuda" or not importlib.util.find_spec("triton"):
         return False
     steps = min((config.epochs + config.epochs_decay) * steps_per_epoch,
                 config.max_steps or sys.maxsize)
-    gained = steps * config.batch_size * (config.features / 64) ** 2 * GAINED_S[device.type]
+    gained = steps * config.batch_size * (config.features / 64) ** 2 * GAINED_S
     return gained > 2 * COMPILING_S
 
 

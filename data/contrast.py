@@ -138,9 +138,11 @@ def intensity_quantiles(store: SliceStore, steps: int = 256) -> dict[str, np.nda
     shares, found = np.linspace(0, 1, steps + 1), {}
     looked_at = [store.of_subject(s) for s in subjects[::-(-len(subjects) // MOST_SUBJECTS)]]
     for place, name in enumerate(("t1w", "t2w")):
+        brains = [arrays[place][arrays[2]].astype(np.float32) for arrays in looked_at]
+        # what is not finite is found in training, with the file's name
+        finite = [v for v in (v[np.isfinite(v)] for v in brains) if len(v)]
         # the mean of quantiles would be no subject's: the values are put together
-        drawn = [np.quantile(arrays[place][arrays[2]].astype(np.float32), np.linspace(0, 1, 2049))
-                 for arrays in looked_at]
+        drawn = [np.quantile(v, np.linspace(0, 1, 2049)) for v in finite] or [np.array([-1, 1])]
         found[name] = np.quantile(np.concatenate(drawn), shares).astype(np.float32)
     return found
 

@@ -31,9 +31,9 @@ def turned(slices: Tensor, source: Tensor, target: Tensor) -> Tensor:
     low, high = source[above - 1], source[above]
     share = ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     rank = last - (above - 1 + share)
-    below = rank.floor().clamp(0, last - 1).long()
+    below = rank.nan_to_num(0).floor().clamp(0, last - 1).long()  # a NaN stays one
     there = torch.lerp(target[below], target[below + 1], rank - below)
-    return torch.where(values > -1, there, -1.0)
+    return torch.where(values <= -1, -1.0, there)
 
 
 def start_loss(guess: Tensor, fake: Tensor) -> Tensor:

@@ -47,6 +47,13 @@ def test_quantiles_that_repeat_make_no_nan():
     assert turned(slices_of(-0.5, 0.0, 0.3).half(), flat, flat).dtype == torch.float32
 
 
+def test_a_nan_stays_one_and_touches_nothing_else():
+    found = turned(slices_of(float("nan"), -0.5), QUANTILES, QUANTILES).flatten()
+    assert found.isnan().tolist() == [True, False]
+    nowhere = torch.full((3,), float("nan"))
+    assert turned(slices_of(-0.5, 0.3), nowhere, nowhere).isnan().all()
+
+
 def test_the_loss_is_the_mean_absolute_difference_and_refuses_other_shapes():
     assert start_loss(slices_of(0.0, 1.0), slices_of(0.5, 0.5)).item() == 0.5
     with pytest.raises(ValueError, match="shapes differ"):

@@ -76,20 +76,21 @@ def test_compiled_nets_have_the_gradients_of_plain_ones_step_after_step(n, monke
 
 
 @pytest.mark.parametrize("config, wanted", [
-    (dict(compile="yes"), True), (dict(compile="no", max_steps=10 ** 9), False),
-    (dict(max_steps=20), False), (dict(max_steps=20_000, features=64), True),
-    (dict(max_steps=20_000, features=8), False),
-    (dict(max_steps=20_000, features=64, epochs=1, epochs_decay=0), False)])
+    (dict(compile="yes", max_steps=1), True), (dict(compile="no", max_steps=10 ** 9), False),
+    (dict(max_steps=50_000), False), (dict(max_steps=100_000), True),
+    (dict(max_steps=100_000, features=16), False), (dict(max_steps=10_000, batch_size=16), True),
+    (dict(max_steps=100_000, epochs=1, epochs_decay=0), False)])
 def test_auto_compiles_where_the_planned_steps_repay_it(config, wanted, monkeypatch):
-    monkeypatch.setattr(step.shutil, "which", lambda name: "/usr/bin/" + name)
-    config = replace(CONFIG, **{"compile": "auto", "epochs": 100, **config})
-    assert compilation_pays(config, CPU, steps_per_epoch=400) == wanted
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: name)
+    config = replace(CONFIG, **{"compile": "auto", "epochs": 1000, "features": 64, **config})
+    assert compilation_pays(config, torch.device("cuda", 0), steps_per_epoch=400) == wanted
+    assert compilation_pays(config, CPU, steps_per_epoch=400) == (config.compile == "yes")
 
 
-def test_auto_does_not_compile_where_there_is_no_compiler(monkeypatch):
-    monkeypatch.setattr(step.shutil, "which", lambda name: None)
+def test_auto_does_not_compile_where_the_compiler_is_not_installed(monkeypatch):
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
     config = replace(CONFIG, compile="auto", epochs=10 ** 6)
-    assert not compilation_pays(config, CPU, steps_per_epoch=400)
+    assert not compilation_pays(config, torch.device("cuda", 0), steps_per_epoch=400)
 
 
 def test_averages_move_alike_by_a_number_and_by_a_tensor():
