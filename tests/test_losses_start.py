@@ -29,7 +29,8 @@ def test_the_result_has_the_others_histogram():
     x, y = draws.beta(2, 5, 20_000) * 2 - 1, draws.beta(4, 2, 20_000) * 2 - 1
     shares = np.linspace(0, 1, 257)
     qx, qy = (torch.tensor(np.quantile(v, shares), dtype=torch.float32) for v in (x, y))
-    found = turned(torch.tensor(x, dtype=torch.float32).view(1, 1, 100, 200), qx, qy).flatten()
+    found = turned(torch.tensor(x, dtype=torch.float32).view(1, 1, 100, 200), qx, qy)
+    found = found.flatten().numpy()
     np.testing.assert_allclose(np.quantile(found, shares[5:-5]), np.quantile(y, shares[5:-5]),
                                atol=0.01)
     assert np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(found)))[0, 1] < -0.999
