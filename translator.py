@@ -251,26 +251,32 @@ class Translator:
 
         def run(slices: np.ndarray) -> np.ndarray:
             full = np.flatnonzero((slices > -1).any(axis=(1, 2)))
-            batches = [slices[full[first:first + self._batch_size]]
-                       for first in range(0, len(full), self._batch_size)]
+            workers = torch.get_num_threads() if self.device.type == "cpu" else 1
+            batches = [slices[part] for part in _share_out(full, self._batch_size, workers)]
             out = np.full_like(slices, -1)
-            out[full] = np.concatenate(_side_by_side(translate, batches, self.device))
+            out[full] = np.concatenate(_side_by_side(translate, batches, workers))
             return out
 
         return run
 
 
-def _side_by_side(translate: Net, batches: list[np.ndarray],
-                  device: torch.device) -> list[np.ndarray]:
+def _share_out(numbers: np.ndarray, most: int, workers: int) -> list[np.ndarray]:
+    """Batches of at most `most`; for several workers as much for each, so that none waits."""
+    if workers == 1:
+        return [numbers[first:first + most] for first in range(0, len(numbers), most)]
+    rounds = -(-len(numbers) // (most * workers))
+    return np.array_split(numbers, min(rounds * workers, len(numbers)))
+
+
+def _side_by_side(translate: Net, batches: list[np.ndarray], workers: int) -> list[np.ndarray]:
     """Translate batches, on a CPU one a core instead of one after the other with all cores.
 
     The same to the bit. Threads that share a convolution wait for each other after each of them,
     which costs half of the time where other programs want the cores, too.
     """
-    cores = torch.get_num_threads()
-    if device.type != "cpu" or cores == 1 or len(batches) < 2:
+    if workers == 1 or len(batches) < 2:
         return [translate(batch) for batch in batches]
-    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(translate, batches))
 
 

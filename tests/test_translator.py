@@ -11,7 +11,7 @@ from torch import nn
 from data import contrast
 from data.volume import volume_from_image
 from models import checkpoint
-from translator import Translator, Wanted
+from translator import Translator, Wanted, _share_out
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +237,15 @@ def test_cores_that_work_side_by_side_give_what_one_gives(ckpt):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 76, 97])
+def test_workers_get_equally_many_slices_in_batches_that_are_not_too_large(count):
+    numbers = np.arange(100, 100 + count)
+    alone, shared = _share_out(numbers, 4, 1), _share_out(numbers, 4, 2)
+    for batches in (alone, shared):
+        assert np.array_equal(np.concatenate(batches), numbers)
+        assert all(0 < len(batch) <= 4 for batch in batches)
+    sizes = [len(batch) for batch in shared]
+    assert max(sizes) - min(sizes) <= 1 and len(shared) % 2 == (count == 1)
+    assert len(alone) == -(-count // 4)
