@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import step
 from config import TrainConfig
@@ -73,6 +74,25 @@ def test_compiled_nets_have_the_gradients_of_plain_ones_step_after_step(n, monke
         values = [train_step(t, *draw_slices(n, seed=k)) for t in (compiled, plain)]
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
         assert_same_gradients(gradients(compiled), gradients(plain), 1e-4)
+
+
+def test_compiled_nets_in_a_group_of_processes_have_the_gradients_of_plain_ones(monkeypatch,
+                                                                                tmp_path):
+    monkeypatch.setattr(step.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    plain = training(CONFIG)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        compiled = training(replace(CONFIG, compile="yes"))
+        assert isinstance(compiled.G, torch.nn.parallel.DistributedDataParallel)
+        for k in range(2):
+            compiled.load(plain.state())
+            values = [train_step(t, *draw_slices(2, seed=k)) for t in (compiled, plain)]
+            torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+            assert_same_gradients(gradients(compiled), gradients(plain), 1e-4)
+        assert not any("module." in k or "_orig_mod" in k for k in compiled.state()["ema"]["G"])
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("config, wanted", [
