@@ -37,7 +37,7 @@ from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 ROOT = Path(__file__).parent.parent
 DATASET = "ds000001"
 T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
-QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=2, connect_s=2, silence_s=0.6,
+QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=2, connect_s=2, silence_s=2,
                  listing_s=5)
 
 
@@ -807,7 +807,7 @@ def test_waits_double_and_jitter_and_end(server, monkeypatch, tmp_path):
         start = time.monotonic()
         with pytest.raises(ArchiveError, match=r"HTTP 503 \(5 tries\)"):
             archive._ask("query { x }", {}, bool)
-    assert 0.5 * (0.02 + 0.04 + 0.06 + 0.06) < time.monotonic() - start < 1
+    assert 0.5 * (0.02 + 0.04 + 0.06 + 0.06) < time.monotonic() - start < 5
 
 
 # ---------------------------------------------------------------------- what counts as whole

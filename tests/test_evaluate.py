@@ -802,3 +802,12 @@ def test_the_order_of_tissues_is_told_where_they_are_known(small_store, segmente
     assert "contrast order measured on 0 of 3 sessions" in other.out
     missing = evaluated(run / "best.pt", small_store, out, "--tissues", tmp_path / "nowhere")
     assert missing.code == 2 and "nowhere" in missing.complaint
+
+
+def test_a_split_that_chose_the_checkpoint_says_so(ckpt, store, results, tmp_path, unpainted):
+    assert "chose which epoch" not in (results / "printed.txt").read_text()
+    outcome = evaluated(ckpt, store.folder, tmp_path / "val", "--split", "val")
+    assert outcome.code == 0 and "note: the val split chose which epoch became best.pt" in (
+        outcome.out + outcome.err)
+    notes = json.loads((tmp_path / "val" / "summary.json").read_text())["notes"]
+    assert [note for note in notes if "--split test" in note]
