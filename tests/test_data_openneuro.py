@@ -37,7 +37,7 @@ from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 ROOT = Path(__file__).parent.parent
 DATASET = "ds000001"
 T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
-QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=2, connect_s=2, silence_s=2,
+QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=2, connect_s=2, silence_s=1,
                  listing_s=5)
 
 
