@@ -18,13 +18,14 @@ from __future__ import annotations
 import gc
 
 if __name__ == "__main__":  # imports make a million objects and no garbage: 0.5 s of 2.7
-    gc.disable()
+    gc.disable()  # until torch is there
 
 import argparse
 import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ import console
 from data import brain, derivatives
 from data.derivatives import ENDING, derived_name, read_record, sidecar, stem, write_record
 from data.subject import sha256
-from data.volume import IntensityScale, image_like, read_volume, volume_from_image, write_like
-from device import PRECISIONS
-from models import checkpoint, export
-from translator import DIRECTIONS, EXTRACTIONS, NoExtractor, Translation, Translator, Wanted
+from data.volume import (IntensityScale, Volume, image_like, read_volume, volume_from_image,
+                         write_like)
+from translator import (DIRECTIONS, EXTRACTIONS, PRECISIONS, Brain, NoExtractor, Translation,
+                        Translator, Wanted, extracted_brain)
 
 log = logging.getLogger("translate")
 NAME, VERSION = "T1w-T2w CycleGAN", "0.1.0"
 ENSEMBLE = 6  # looks of --ensemble: mirrored and not, each at the three places between slices
+FORMATS = ("onnx", "torchscript", "torch-export")  # of `models.export`, which imports torch
 SYNTHETIC, SCATTER, CYCLE = "synthetic", "syntheticSD", "cycleError"
 
 
@@ -118,7 +120,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("translated"), help="folder to write into")
     p.add_argument("--overwrite", action="store_true",
                    help="make again what another checkpoint or other options have made there")
-    p.add_argument("--export", choices=tuple(export.ENDINGS),
+    p.add_argument("--export", choices=FORMATS,
                    help="write the nets for other programs instead of translating")
     g = p.add_argument_group("volumes")
     g.add_argument("inputs", nargs="*", type=Path, metavar="NIFTI", help="volumes to translate")
@@ -187,9 +189,14 @@ def main(argv: list[str] | None = None) -> int:
         log.info("%d of %d volumes are there already", len(jobs) - len(waiting), len(jobs))
     if not waiting:
         return console.DONE
-    translator = Translator(args.ckpt, brain_extraction=args.brain_extraction,
-                            brain_ml=tuple(args.brain_ml), device=args.device,
-                            precision=args.precision, batch_size=args.batch_size)
+    with ThreadPoolExecutor(1) as beside:  # one core reads while the other imports torch
+        reading = [beside.submit(open_scan, waiting[0].source, args)]
+        translator = Translator(args.ckpt, brain_extraction=args.brain_extraction,
+                                brain_ml=tuple(args.brain_ml), device=args.device,
+                                precision=args.precision, batch_size=args.batch_size)
+    if not gc.isenabled():  # see the top of this file
+        gc.freeze()
+        gc.enable()
     scale = match_scale(translator, waiting, args)
     args.out.mkdir(parents=True, exist_ok=True)
     derivatives.describe_dataset(args.out, name="Synthetic T1w and T2w volumes", source=args.bids,
@@ -198,7 +205,9 @@ def main(argv: list[str] | None = None) -> int:
     with logging_redirect_tqdm():
         for job in tqdm(waiting, unit="volume", desc="translate", disable=None):
             try:
-                translate_job(job, translator, wanted_of(args), scale, described)
+                translate_job(
+                    job, reading.pop().result() if reading else open_scan(job.source, args),
+                    translator, wanted_of(args), scale, described)
             except NoExtractor:  # no volume's fault, and none would do better
                 raise
             except (ValueError, FileNotFoundError) as error:
@@ -211,8 +220,16 @@ def main(argv: list[str] | None = None) -> int:
     return console.LEFT_OUT if left_out else console.DONE
 
 
+def open_scan(path: Path, args: argparse.Namespace) -> tuple[Volume, Brain | None]:
+    """Read a volume and find its brain, as far as that takes no net."""
+    volume = read_volume(path)
+    return volume, extracted_brain(volume, args.brain_extraction, tuple(args.brain_ml))
+
+
 def export_nets(args: argparse.Namespace) -> int:
     """Write the nets of the directions asked for, each with a JSON file on what it takes."""
+    from models import checkpoint, export
+
     state = checkpoint.load(args.ckpt)
     record, nets = state["preprocessing"], dict(zip(DIRECTIONS, checkpoint.load_generators(state)))
     if args.export == "onnx":
@@ -229,7 +246,7 @@ def export_nets(args: argparse.Namespace) -> int:
             "Shape": ["N", 1, record["size"], record["size"]], "DType": "float32",
             "Range": [-1, 1], "Background": -1, "SliceLayout": record.get("layout", ""),
             "Preprocessing": preprocessing_of(record), "Checkpoint": args.ckpt.name,
-            "CheckpointSHA256": checkpoint.fingerprint(args.ckpt)})
+            "CheckpointSHA256": sha256(args.ckpt)})
         log.info("%s -> %s", args.ckpt, path)
     return console.DONE
 
@@ -348,7 +365,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
                 "Match": args.match.name if args.match else None,
                 "MatchSHA256": sha256(_existing(args.match, "file")) if args.match else None}
     return {"Checkpoint": args.ckpt.name, "Settings": settings,
-            "CheckpointSHA256": checkpoint.fingerprint(_existing(args.ckpt, "checkpoint"))}
+            "CheckpointSHA256": sha256(_existing(args.ckpt, "checkpoint"))}
 
 
 def _existing(path: Path, what: str) -> Path:
@@ -371,11 +388,11 @@ def preprocessing_of(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("size", "spacing_mm", "intensity")}
 
 
-def translate_job(job: Job, translator: Translator, wanted: Wanted, scale: IntensityScale | None,
-                  described: dict[str, Any]) -> None:
+def translate_job(job: Job, scan: tuple[Volume, Brain | None], translator: Translator,
+                  wanted: Wanted, scale: IntensityScale | None, described: dict[str, Any]) -> None:
     """Translate one volume and write its files, the record last."""
-    volume = read_volume(job.source)
-    found = translator.translate(volume, job.direction, wanted)
+    volume, known = scan
+    found = translator.translate(volume, job.direction, wanted, found=known)
     for warning in found.warnings:
         log.warning("warning: %s: %s", job.source, warning)
     data, scatter = found.data, found.uncertainty
@@ -416,6 +433,4 @@ def record_of(job: Job, translator: Translator, found: Translation, described: d
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
     sys.exit(console.run(main))

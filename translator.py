@@ -10,27 +10,44 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from data import bids, brain, contrast
 from data.volume import (Grid, IntensityScale, Placement, Volume, crop_or_pad, fit_scale, grid_of,
                          image_like, place, resample, restore, slicing_grid, to_slices,
                          volume_from_image)
-from device import choose_device, choose_precision
-from models import checkpoint
 from models.ensemble import Scatter, draw_looks
+
+if TYPE_CHECKING:  # a second and a half, in which `translate.py` has other work to do
+    import torch
 
 DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
 EXTRACTIONS = ("auto", *brain.METHODS)
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # those of `device`, which imports torch
 MOST_CUT = 0.005  # share of a brain that may lie outside the frame without a word
 Net = Callable[[np.ndarray], np.ndarray]  # slices (n, H, W) float32 in [-1, 1] to others alike
 
 
 class NoExtractor(ValueError):
     """A method of brain extraction that cannot run here: its package or its weights are missing."""
+
+
+class Brain(NamedTuple):
+    """A volume's brain.
+
+    Attributes
+    ----------
+    mask : (I, J, K) bool, as in training: holes filled
+    inside : where a translation belongs; an extracted volume has no tissue where it has no signal,
+        holes included
+    method : of the extraction
+    """
+
+    mask: np.ndarray
+    inside: np.ndarray
+    method: str
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,9 @@ class Translator:
         if brain_extraction not in EXTRACTIONS:
             raise ValueError(f"brain extraction '{brain_extraction}' is unknown; one of "
                              f"{', '.join(EXTRACTIONS)}")
+        from device import choose_device, choose_precision
+        from models import checkpoint
+
         state = checkpoint.load(ckpt)
         self.record: dict[str, Any] = state["preprocessing"]
         self.device = choose_device(device)
@@ -119,7 +139,8 @@ class Translator:
         volume = volume_from_image(image)
         return image_like(volume, self.translate(volume, direction, Wanted(force=force)).data)
 
-    def translate(self, volume: Volume, direction: str, wanted: Wanted = Wanted()) -> Translation:
+    def translate(self, volume: Volume, direction: str, wanted: Wanted = Wanted(), *,
+                  found: Brain | None = None) -> Translation:
         """Translate a volume.
 
         Parameters
@@ -127,6 +148,7 @@ class Translator:
         volume : whole head or extracted brain
         direction : "t1w-to-t2w" or "t2w-to-t1w"
         wanted : see there
+        found : its brain, where that is known
 
         Raises
         ------
@@ -135,7 +157,7 @@ class Translator:
         """
         if direction not in DIRECTIONS:
             raise ValueError(f"direction '{direction}' is unknown; one of {', '.join(DIRECTIONS)}")
-        mask, inside, method = self.find_brain(volume)
+        mask, inside, method = found or self.find_brain(volume)
         plain = cut(volume, mask, self.record)
         warnings = self._judge(plain, volume, mask, DIRECTIONS[direction][0], wanted.force)
         there, back = self.net(direction), self.net(_reverse(direction))
@@ -168,26 +190,18 @@ class Translator:
         return Translation(data, whole(scatter.sd if wanted.uncertainty else None), whole(error),
                            inside, method, warnings)
 
-    def find_brain(self, volume: Volume) -> tuple[np.ndarray, np.ndarray, str]:
-        """Find a volume's brain.
-
-        Returns
-        -------
-        mask : (I, J, K) bool, as in training: holes filled
-        inside : where a translation belongs; an extracted volume has no tissue where it has no
-            signal, holes included
-        method : of the extraction
-        """
-        method = self._extraction
-        if method == "auto":
-            extracted = brain.looks_extracted(volume, self._brain_ml)
-            method = "none" if extracted else self._trained_method()
+    def find_brain(self, volume: Volume) -> Brain:
+        """Find a volume's brain."""
+        found = extracted_brain(volume, self._extraction, self._brain_ml)
+        if found:
+            return found
+        method = self._trained_method() if self._extraction == "auto" else self._extraction
         if method == "mask":
-            found = brain.given_mask(bids.brain_mask_path(bids.subject_of(volume.path)), volume)
+            mask = brain.given_mask(bids.brain_mask_path(bids.subject_of(volume.path)), volume)
         else:
-            found = self._extractor(method)(volume)
-        mask, _ = brain.judge_mask(found, volume, limits_ml=self._brain_ml)
-        return mask, mask & brain.signal_mask(volume) if method == "none" else mask, method
+            mask = self._extractor(method)(volume)
+        mask, _ = brain.judge_mask(mask, volume, limits_ml=self._brain_ml)
+        return Brain(mask, mask, method)
 
     def _extractor(self, method: str) -> brain.Extractor:
         if method not in self._extractors:
@@ -242,6 +256,8 @@ class Translator:
 
     def net(self, direction: str) -> Net:
         """A direction's generator as a function of slices; empty ones stay background."""
+        import torch
+
         generator = self.generators[direction]
 
         def translate(batch: np.ndarray) -> np.ndarray:
@@ -260,6 +276,22 @@ class Translator:
         return run
 
 
+def extracted_brain(volume: Volume, extraction: str = "auto",
+                    brain_ml: tuple[float, float] = brain.ADULT_ML) -> Brain | None:
+    """The brain of a volume that is extracted already; None where a net or a file has to tell.
+
+    Parameters
+    ----------
+    volume : whole head or extracted brain
+    extraction, brain_ml : as for `Translator`
+    """
+    if extraction != "none" and not (extraction == "auto"
+                                     and brain.looks_extracted(volume, brain_ml)):
+        return None
+    mask, _ = brain.judge_mask(brain.nonzero_mask(volume), volume, limits_ml=brain_ml)
+    return Brain(mask, mask & brain.signal_mask(volume), "none")
+
+
 def _share_out(numbers: np.ndarray, most: int, workers: int) -> list[np.ndarray]:
     """Batches of at most `most`; for several workers as much for each, so that none waits."""
     if workers == 1:
@@ -274,6 +306,8 @@ def _side_by_side(translate: Net, batches: list[np.ndarray], workers: int) -> li
     The same to the bit. Threads that share a convolution wait for each other after each of them,
     which costs half of the time where other programs want the cores, too.
     """
+    import torch
+
     if workers == 1 or len(batches) < 2:
         return [translate(batch) for batch in batches]
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -1,6 +1,9 @@
 """Tests of translate.py: names, trees, records, maps, exports, errors; `translate_volume`."""
 
 import json
+import re
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -10,8 +13,9 @@ from commands import run_command
 from conftest import content, write_pair
 from painted_scans import ON_CPU, scan, translator, write_checkpoint
 
+import device
 import translate
-from models import checkpoint
+from models import checkpoint, export
 from translate import Translator, Wanted, parse_args, plan_files, translate_volume
 
 
@@ -432,3 +436,16 @@ def test_one_direction_can_be_exported_alone(command, tmp_path):
     assert command("--export", "torchscript", "--direction", "t2w-to-t1w").code == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["t2w-to-t1w.json",
                                                                     "t2w-to-t1w.ts"]
+
+
+def test_the_choices_are_those_of_the_modules_that_import_torch():
+    assert translate.PRECISIONS == device.PRECISIONS
+    assert translate.FORMATS == tuple(export.ENDINGS)
+
+
+def test_a_mistake_is_told_before_torch_is_imported():
+    told = subprocess.run([sys.executable, "-X", "importtime", translate.__file__, "--ckpt",
+                           "none.pt", "none_T1w.nii"], capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert told.stderr.splitlines()[-1] == "error: none_T1w.nii: no such file; check the name"
+    assert not re.search(r"\| +torch$", told.stderr, re.MULTILINE)
