@@ -27,6 +27,7 @@ from scipy import ndimage
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # where `translate` is the command, and not this script
 sys.path.append(str(ROOT / "tests"))
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the tests' conftest would say 1
 
 import torch
 from conftest import lay_affine, paint
