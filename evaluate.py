@@ -225,8 +225,8 @@ class Evaluation:
             self.notes.append(f"{len(left_out)} sessions left out by preprocess.py, see "
                               f"{store.folder / 'skipped.tsv'}")
         if not args.bids and args.split == "val" and any("t2w_ssim" in s["best"] for s in states):
-            self.notes.append("the val split chose which epoch became best.pt, so its figures are a "
-                              "little too good; those of new subjects are --split test")
+            self.notes.append("the val split chose which epoch became best.pt, so its figures are "
+                              "a little too good; those of new subjects are --split test")
         args.out.mkdir(parents=True, exist_ok=True)
         self.methods = [self._translators(MODEL, state, str(path))
                         for path, state in zip(args.ckpt, states)]
