@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import lay_affine, paint
+from painted_store import change_rows, write_store
 from scipy import ndimage, stats
 
 from data import brain, contrast
@@ -94,3 +95,19 @@ def test_what_is_far_from_training_is_said_with_both_figures(small_store):
     said = contrast.far_from_training(usual, "T1w", {"brain_ml": 300.0, "slice_spacing_mm": 9.0},
                                       record)
     assert [line.split(",")[0] for line in said] == ["brain 300 ml", "slices every 9 mm"]
+
+
+def test_quantiles_are_of_the_training_brains_and_of_what_is_finite(tmp_path):
+    folder = write_store(tmp_path / "slices", {"train": ["01", "02"], "test": ["03"]})
+    store = SliceStore(folder)
+    found = contrast.intensity_quantiles(store)
+    for name, stack in (("t1w", store.t1w), ("t2w", store.t2w)):
+        values = np.concatenate([np.asarray(stack[r])[store.mask(r)] for r in (slice(0, 6),
+                                                                               slice(6, 12))])
+        wanted = np.quantile(values.astype("f4"), np.linspace(0, 1, 257))
+        np.testing.assert_allclose(found[name], wanted, atol=0.02)
+        assert found[name].dtype == np.float32 and (np.diff(found[name]) >= 0).all()
+    change_rows(folder, "t1w.npy", slice(0, 6), np.nan)
+    assert np.isfinite(contrast.intensity_quantiles(SliceStore(folder))["t1w"]).all()
+    change_rows(folder, "t1w.npy", slice(0, 12), np.nan)
+    assert np.isfinite(contrast.intensity_quantiles(SliceStore(folder))["t1w"]).all()
