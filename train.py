@@ -81,8 +81,8 @@ class Training:
     process : this one
     steps_per_epoch : steps, what the schedule counts in
     preprocessing : record of how the slices were made, for the checkpoints
-    quantiles : of `data.contrast.intensity_quantiles`, for the first guess; without them there is
-        none
+    quantiles : of `data.contrast.intensity_quantiles`, for the first guess and to judge without
+        pairs; without them there is neither
     """
 
     def __init__(self, config: TrainConfig, process: Process, steps_per_epoch: int,
@@ -340,7 +340,10 @@ def validate(t: Training, store: SliceStore,
     """Judge the averaged G and F on the paired validation subjects, in the brain (collective).
 
     SSIM, PSNR, correlation with the real target; distance to the input over the real target's
-    (`copy_ratio`), and the share of generated signal `outside` the brain.
+    (`copy_ratio`), and the share of generated signal `outside` the brain. Two figures need no
+    pairs: `cycle_error` (MAE of what comes back) and `histogram_distance` (mean difference between
+    the quantiles of a translation's intensities and of the training slices of that contrast, the
+    1-D Wasserstein distance); all on [0, 1] images.
 
     Subjects are shared out among the processes and their figures gathered, so the result does not
     depend on how many there are. Mean over a subject's slices, then over subjects; {} without any,
@@ -362,13 +365,16 @@ def validate(t: Training, store: SliceStore,
 def _validate_subject(t: Training, store: SliceStore,
                       sessions: list[dict[str, Any]]) -> dict[str, float]:
     figures: dict[str, list[float]] = {}
+    intensities: dict[str, list[Tensor]] = {"t2w": [], "t1w": []}
     for real_x, real_y, mask in (b for s in sessions for b in paired_slices(store, s)):
         real_x, real_y, mask = (v.to(t.process.device) for v in (real_x, real_y, mask))
         with t.autocast():
             fake_y, fake_x = t.ema.G(real_x), t.ema.F(real_y)
-        for name, fake, real, given in (("t2w", fake_y, real_y, real_x),
-                                        ("t1w", fake_x, real_x, real_y)):
-            fake, real, given = ((v.float() + 1) / 2 for v in (fake, real, given))
+            cycled_x, cycled_y = t.ema.F(fake_y), t.ema.G(fake_x)
+        for name, fake, real, given, cycled in (("t2w", fake_y, real_y, real_x, cycled_x),
+                                                ("t1w", fake_x, real_x, real_y, cycled_y)):
+            intensities[name].append(fake[mask].float().cpu())
+            fake, real, given, cycled = ((v.float() + 1) / 2 for v in (fake, real, given, cycled))
             signal_all = fake.sum((1, 2, 3)).clamp(min=1e-6)
             measured = {
                 "ssim": ssim(fake, real, mask),
@@ -377,9 +383,15 @@ def _validate_subject(t: Training, store: SliceStore,
                 "correlation": correlation(fake, real, mask),
                 "copy_ratio": mae(fake, given, mask) / mae(real, given, mask).clamp(min=1e-6),
                 "outside": (fake * ~mask).sum((1, 2, 3)) / signal_all,
+                "cycle_error": mae(cycled, given, mask),
             }
             for what, values in measured.items():
                 figures.setdefault(f"{name}_{what}", []).extend(values.tolist())
+    for name, wanted in t.quantiles.items():
+        shares = np.linspace(0, 1, len(wanted))
+        there = np.quantile(torch.cat(intensities[name]).numpy(), shares)
+        distance = np.abs(there - wanted.cpu().numpy()).mean() / 2  # of [0, 1] images
+        figures[f"{name}_histogram_distance"] = [float(distance)]
     return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
@@ -523,8 +535,7 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
                              world=process.world, strict=config.strict_unpaired)
     state, last = find_resume(config, args, record)
-    t = Training(config, process, loader.steps_per_epoch, record,
-                 intensity_quantiles(store) if config.start_pairs else None)
+    t = Training(config, process, loader.steps_per_epoch, record, intensity_quantiles(store))
     t.where = functools.partial(name_slices, store, loader)
     if state:
         t.load(state)

@@ -510,7 +510,7 @@ def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
                   else getattr(old, attribute)[spans[s["id"]]] for s in rows)
         _write_array(folder / f"{name}.new", shapes[index], dtypes[index], blocks)
     full = {"format": FORMAT, "version": VERSION, **header, "layout": LAYOUT,
-            "mask": "bits along W, most significant first", "counts": _counts(rows)}
+            "mask": "bits along W, most significant first", "counts": counts(rows)}
     _write_synced(folder / "store.json.new", [(json.dumps(full, indent=1) + "\n").encode()])
     _write_synced(folder / "subjects.tsv.new", [table(COLUMNS, rows)])
     _write_synced(folder / "skipped.tsv.new", [table(
@@ -531,16 +531,17 @@ def _fresh_block(folder: Path, name: str, array: str) -> np.ndarray:
         raise OSError(f"{path}: damaged ({error}); run the same command again") from None
 
 
-def _counts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    counts = {what: dict.fromkeys(("all", *SPLITS), 0) for what in COUNTED}
+def counts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many subjects, sessions and slices there are, in all and in each split, of such rows."""
+    found = {what: dict.fromkeys(("all", *SPLITS), 0) for what in COUNTED}
     seen = set()
     for row in rows:
         for split in ("all", row["split"]):
-            counts["sessions"][split] += 1
-            counts["slices"][split] += int(row["n_slices"])
-            counts["subjects"][split] += (row["dataset"], row["subject"]) not in seen
+            found["sessions"][split] += 1
+            found["slices"][split] += int(row["n_slices"])
+            found["subjects"][split] += (row["dataset"], row["subject"]) not in seen
         seen.add((row["dataset"], row["subject"]))
-    return counts
+    return found
 
 
 def _write_array(path: Path, shape: tuple[int, ...], dtype: str,
@@ -648,8 +649,8 @@ def check(folder: Path) -> list[str]:
     ids = [s["id"] for s in store.subjects]
     if ids != sorted(set(ids)):
         problems.append("subjects.tsv: ids are not unique and in order")
-    if (counts := _counts(store.subjects)) != store.header["counts"]:
-        problems.append(f"store.json: counts {store.header['counts']}, subjects.tsv has {counts}")
+    if (found := counts(store.subjects)) != store.header["counts"]:
+        problems.append(f"store.json: counts {store.header['counts']}, subjects.tsv has {found}")
     return problems
 
 

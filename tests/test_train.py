@@ -27,6 +27,7 @@ import torch.multiprocessing as mp
 from commands import TINY, run_command
 from painted_store import change_rows, write_store
 from PIL import Image
+from scipy.stats import wasserstein_distance
 from skimage.metrics import structural_similarity
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -35,6 +36,7 @@ import health
 import run_folder
 import train
 from config import TrainConfig
+from data.contrast import intensity_quantiles
 from data.slices import UnpairedBatches
 from data.store import SliceStore
 from device import Process, start_process
@@ -477,6 +479,30 @@ def test_validation_figures_are_scikit_images_and_a_person_counts_once(slices):
     wanted = np.mean([np.mean(values, axis=0) for values in people.values()], axis=0)
     assert found["t2w_ssim"] == pytest.approx(wanted[0], abs=1e-5)
     assert found["t2w_psnr_db"] == pytest.approx(wanted[1], abs=1e-4)
+
+
+def test_validation_figures_that_need_no_pairs(slices):
+    store = SliceStore(slices)
+    t = Training(CONFIG, Process(0, 1, CPU), 10, quantiles=intensity_quantiles(store))
+    found = train.validate(t, store)
+    errors, distances, people = [], [], {s["subject"] for s in store.subjects
+                                         if s["split"] == "val"}
+    training = store.rows("train")
+    real = np.asarray(store.t1w, np.float32)[training][store.mask(training)]
+    for person in sorted(people):
+        rows = np.concatenate([np.arange(s["first_row"], s["first_row"] + s["n_slices"])
+                               for s in store.subjects if s["subject"] == person])
+        mask, real_y = store.mask(rows), torch.from_numpy(store.t2w[rows].astype(np.float32))
+        with torch.no_grad():
+            fake_x = t.ema.F(real_y[:, None])
+            cycled_y = t.ema.G(fake_x)[:, 0]
+        difference = (cycled_y - real_y).abs().numpy() / 2
+        errors.append(np.mean([d[m].mean() for d, m in zip(difference, mask)]))
+        distances.append(wasserstein_distance(fake_x[:, 0].numpy()[mask], real) / 2)
+    assert found["t1w_cycle_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert found["t1w_histogram_distance"] == pytest.approx(np.mean(distances), rel=0.02)
+    without = train.validate(alone(), store)  # nothing to compare with
+    assert set(found) - set(without) == {"t2w_histogram_distance", "t1w_histogram_distance"}
 
 
 def test_best_pt_is_the_step_of_the_best_validation_ssim(run, tmp_path):
@@ -1184,7 +1210,7 @@ def test_validation_does_not_depend_on_how_many_processes_share_it(two_processes
     t = alone(replace(CONFIG, history_size=0))
     train_step(t, *(torch.cat(pair) for pair in zip(*batches)))
     assert first["figures"] == pytest.approx(train.validate(t, store), abs=1e-3)
-    assert len(first["figures"]) == 10 and second["figures"] == {}
+    assert len(first["figures"]) == 12 and second["figures"] == {}
 
 
 def test_only_the_first_process_writes_and_collectives_reach_all(two_processes):
