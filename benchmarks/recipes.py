@@ -1,0 +1,287 @@
+"""Train recipes in folds by subject, with several seeds, and put their figures side by side.
+
+    python benchmarks/recipes.py --slices slices --pairs 20000 --seeds 0 1 \\
+        --held-out tcga6692,msp01 tcga7294,msp03 ms07,ms19,msp04
+    python benchmarks/recipes.py ... --ceiling --recipes default paper "still=--deform 0 --no-flip"
+
+A fold holds some subjects out and trains on the others with train.py; figures are of the nets at
+the end (last.pt): no checkpoint is chosen. The held-out subjects are the fold's `val` split, so
+that train.py writes down how they would have judged every epoch: how far the figures swing at the
+end, and what choosing an epoch with and without their pairs would have given. Nothing of that goes
+back into a run. Runs that are done are not repeated; stopped ones go on. Ends with 1 where a run
+copied its input, inverted the contrast, or has another warning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import console
+from data import store
+from measuring import CEILING, DIRECTIONS, FLOOR, MODEL, TABLE
+from models import checkpoint
+
+EPOCHS = 20  # pieces of a run, each judged once
+LAST = 5  # of them, over which the swing is measured
+SHOWN = {"t1w-to-t2w": "t2w", "t2w-to-t1w": "t1w"}  # what train.py calls a direction's figures
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a recipe in a fold with a seed.
+
+    Attributes
+    ----------
+    recipe : its name
+    options : of train.py
+    fold : which
+    seed : of the run
+    folder : of this job; `run` and `evaluation` are in it
+    """
+
+    recipe: str
+    options: tuple[str, ...]
+    fold: int
+    seed: int
+    folder: Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, evaluate, print the table; returns the exit code."""
+    p = console.OneLineParser(description=__doc__, formatter_class=console.Formatter)
+    p.add_argument("--slices", type=Path, default=Path("slices"), help="the slice store")
+    p.add_argument("--held-out", nargs="+", required=True, metavar="SUBJECT,...",
+                   default=argparse.SUPPRESS, help="each fold's held-out subjects, with commas")
+    p.add_argument("--recipes", nargs="+", default=["default", "paper"],
+                   help="names of train.py --recipe, or NAME=OPTIONS for the defaults with others")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each fold for each")
+    p.add_argument("--pairs", type=int, default=20000, help="slice pairs seen by a run")
+    p.add_argument("--features", type=int, default=32, help="of the nets")
+    p.add_argument("--ceiling", action="store_true",
+                   help="also train nets on pairs, as long: for the first recipe and seed")
+    p.add_argument("--together", type=int, default=1, help="runs side by side")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder to write into")
+    args = p.parse_args(argv)
+    if args.pairs < EPOCHS:
+        raise ValueError(f"--pairs {args.pairs}: at least {EPOCHS}")
+    whole = store.SliceStore(args.slices)
+    folds = [write_fold(whole, names.split(","), args.out / f"fold{fold}")
+             for fold, names in enumerate(args.held_out)]
+    jobs = [Job(name, options, fold, seed, args.out / name / f"fold{fold}_seed{seed}")
+            for seed in args.seeds for name, options in map(recipe_of, args.recipes)
+            for fold in range(len(folds))]
+    with ThreadPoolExecutor(args.together) as pool:
+        done = list(pool.map(lambda job: work(job, folds[job.fold], jobs[0], args), jobs))
+    rows = [row for found in done for row in found]
+    print_table(rows)
+    print(json.dumps({"benchmark": "recipes", "pairs": args.pairs, "features": args.features,
+                      "runs": rows}))
+    return int(any(row["warnings"] for row in rows if row["method"] != FLOOR))
+
+
+def recipe_of(text: str) -> tuple[str, tuple[str, ...]]:
+    """Name and options of train.py, from `NAME` or `NAME=OPTIONS`.
+
+    Raises
+    ------
+    ValueError : the name cannot be a folder's
+    """
+    name, equals, options = text.partition("=")
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("fold"):
+        raise ValueError(f"--recipes {text}: a name of letters, digits, '.', '_', '+' or '-', that "
+                         "does not begin with 'fold'")
+    return name, tuple(shlex.split(options)) if equals else ("--recipe", name)
+
+
+def write_fold(whole: store.SliceStore, held_out: Sequence[str], folder: Path) -> Path:
+    """A store with the same slices, where `held_out` are the validation subjects, others trained.
+
+    Raises
+    ------
+    ValueError : a subject is not there, or none is left to train on
+    """
+    rows = store.read_table(whole.folder / "subjects.tsv")
+    known = {row["subject"] for row in rows}
+    for name in held_out:
+        if name not in known:
+            raise ValueError(f"--held-out {name}: not in {whole.folder / 'subjects.tsv'}; it has "
+                             f"{', '.join(sorted(known))}")
+    for row in rows:
+        row["split"] = "val" if row["subject"] in held_out else "train"
+    if all(row["split"] == "val" for row in rows):
+        raise ValueError(f"--held-out {','.join(held_out)}: nobody is left to train on")
+    header = {**store.read_header(whole.folder), "counts": store.counts(rows)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*store.ARRAYS, "skipped.tsv"):
+        (folder / name).unlink(missing_ok=True)
+        try:
+            os.link(whole.folder / name, folder / name)
+        except OSError:  # another disk
+            shutil.copyfile(whole.folder / name, folder / name)
+    columns = (whole.folder / "subjects.tsv").read_text(encoding="utf-8").split("\n")[0]
+    store.write_atomically(folder / "subjects.tsv", store.table(columns.split("\t"), rows))
+    store.write_atomically(folder / "store.json", (json.dumps(header, indent=1) + "\n").encode())
+    return folder
+
+
+def work(job: Job, fold: Path, first: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train and evaluate a job as far as that is not done; its rows of the table."""
+    run, evaluation = job.folder / "run", job.folder / "evaluation"
+    steps = args.pairs // EPOCHS  # at batch 1; --batch-size in a recipe changes the pairs
+    batch = int(dict(zip(job.options, job.options[1:])).get("--batch-size", 1))
+    last = EPOCHS * (steps // batch)
+    figures = read_curve(run)
+    if not figures or figures[-1]["step"] < last:
+        call("train.py", "--slices", fold, "--run", run, "--features", args.features, "--epochs",
+             EPOCHS // 2, "--epochs-decay", EPOCHS - EPOCHS // 2, "--steps-per-epoch",
+             steps // batch, "--seed", job.seed, "--device", args.device, *job.options,
+             log=job.folder / "train.log")
+        figures = read_curve(run)
+    alike = (job.recipe, job.seed) == (first.recipe, first.seed)
+    ceiling = ["--ceiling"] if args.ceiling and alike else []
+    summary = read_summary(evaluation, run / "last.pt", bool(ceiling))
+    if summary is None:
+        call("evaluate.py", "--slices", fold, "--ckpt", run / "last.pt", "--split", "val",
+             "--device", args.device, "--out", evaluation, *ceiling,
+             log=job.folder / "evaluate.log")
+        summary = read_summary(evaluation, run / "last.pt", bool(ceiling))
+        assert summary is not None
+    return list(rows_of(job, summary, figures, speed_of(run)))
+
+
+def call(script: str, *options: object, log: Path) -> None:
+    """Run a command of the project; its output goes into `log`.
+
+    Raises
+    ------
+    RuntimeError : it failed
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as out:
+        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, options)],
+                              stdout=out, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(map(str, options))}: exit code {done.returncode}, "
+                           f"see {log}")
+
+
+def read_summary(evaluation: Path, ckpt: Path, with_ceiling: bool) -> dict[str, Any] | None:
+    """What evaluate.py found on this very checkpoint; None where that is still to be done."""
+    path = evaluation / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    done = (summary["ckpt_sha256"] == checkpoint.fingerprint(ckpt)
+            and (CEILING in summary["t1w-to-t2w"] or not with_ceiling))
+    return summary if done else None
+
+
+def read_curve(run: Path) -> list[dict[str, Any]]:
+    """The validations of a run, in the order of steps; [] before the first."""
+    return list(_of_kind(run, "validation"))
+
+
+def speed_of(run: Path) -> float:
+    """Median slice pairs a second of a run."""
+    return float(np.median([line["pairs_per_s"] for line in _of_kind(run, "speed")] or [np.nan]))
+
+
+def _of_kind(run: Path, kind: str) -> Iterable[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    if path.exists():
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if line["kind"] == kind:
+                yield line
+
+
+def rows_of(job: Job, summary: dict[str, Any], curve: Sequence[dict[str, Any]],
+            pairs_per_s: float) -> Iterable[dict[str, Any]]:
+    """A row for each method and direction of one evaluation."""
+    for direction in DIRECTIONS:
+        ssims = [point[f"{SHOWN[direction]}_ssim"] for point in curve]
+        last = ssims[-LAST:]
+        for method in (MODEL, FLOOR, TABLE, CEILING):
+            part = summary[direction] if method == MODEL else summary[direction].get(method)
+            if not part:
+                continue
+            row: dict[str, Any] = {
+                "recipe": job.recipe if method == MODEL else method, "method": method,
+                "direction": direction, "fold": job.fold, "seed": job.seed,
+                **{f"{protocol}_{name}": part[protocol][name]["mean"]
+                   for protocol in ("brain", "slice", "box") for name in ("ssim", "psnr_db")},
+                "warnings": []}
+            if method == MODEL:
+                row |= {"warnings": summary["checks"][direction]["warnings"],
+                        "swing": max(last) - min(last), "pairs_per_s": pairs_per_s,
+                        "best_epoch": max(ssims), "without_pairs": ssims[pick(curve)]}
+            yield row
+
+
+def pick(curve: Sequence[dict[str, Any]]) -> int:
+    """The epoch that a rule would take which needs no pairs.
+
+    The smallest sum of what comes back wrong (cycle error) and of the distance between the
+    intensities of translations and of real slices of that contrast, both ways.
+    """
+    def cost(point: dict[str, Any]) -> float:
+        return sum(point[f"{name}_{what}"] for name in SHOWN.values()
+                   for what in ("cycle_error", "histogram_distance"))
+    return int(np.argmin([cost(point) for point in curve]))
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Means over folds and seeds, and the spread between seeds, of each recipe and direction."""
+    titles = ("recipe", "direction", "runs", "brain", "dB", "seeds", "slice", "dB", "box", "dB",
+              "swing", "best ep.", "no pairs", "pairs/s", "failed")
+    lines = [titles]
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        for direction in DIRECTIONS:
+            found = [r for r in rows if (r["recipe"], r["direction"]) == (recipe, direction)]
+            if not found:
+                continue
+
+            def mean(name: str, digits: int, found: Sequence[dict[str, Any]] = found) -> str:
+                values = [r[name] for r in found if name in r]
+                return f"{np.mean(values):.{digits}f}" if values else ""
+
+            figures = [mean(f"{protocol}_{name}", digits) for protocol in ("brain", "slice", "box")
+                       for name, digits in (("ssim", 3), ("psnr_db", 2))]
+            lines.append((recipe, direction, str(len(found)), *figures[:2], spread(found),
+                          *figures[2:], mean("swing", 3), mean("best_epoch", 3),
+                          mean("without_pairs", 3), mean("pairs_per_s", 1),
+                          str(sum(bool(r["warnings"]) for r in found))))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
+def spread(rows: Sequence[dict[str, Any]]) -> str:
+    """Standard deviation of SSIM in the brain between seeds, of the mean over folds; "" of one."""
+    seeds = sorted({row["seed"] for row in rows})
+    means = [np.mean([r["brain_ssim"] for r in rows if r["seed"] == seed]) for seed in seeds]
+    return f"+-{np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    code = console.run(main)
+    print(f"took {(time.monotonic() - started) / 60:.1f} min", file=sys.stderr)
+    sys.exit(code)

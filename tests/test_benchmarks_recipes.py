@@ -1,0 +1,104 @@
+"""benchmarks/recipes.py: folds, rows of the table, the rule without pairs, and a whole tiny run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from painted_store import write_store
+
+from benchmarks import recipes
+from data.store import SliceStore, check
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes") / "slices"
+    return write_store(folder, {"train": ["01", "02"], "val": ["03"], "test": ["04"]})
+
+
+def test_a_fold_is_a_sound_store_of_the_same_slices_with_its_own_split(slices, tmp_path):
+    whole = SliceStore(slices)
+    people = sorted({s["subject"] for s in whole.subjects})
+    folder = recipes.write_fold(whole, people[:2], tmp_path / "fold")
+    assert check(folder) == []
+    fold = SliceStore(folder)
+    assert {s["subject"] for s in fold.subjects if s["split"] == "val"} == set(people[:2])
+    assert {s["subject"] for s in fold.subjects if s["split"] == "train"} == set(people[2:])
+    assert np.array_equal(fold.t1w, whole.t1w) and np.array_equal(fold.t2w, whole.t2w)
+    recipes.write_fold(whole, people[2:], tmp_path / "fold")  # anew, in the same place
+    assert {s["subject"] for s in SliceStore(folder).subjects
+            if s["split"] == "train"} == set(people[:2])
+    assert check(slices) == []  # where the slices come from
+
+
+def test_a_fold_of_unknown_or_of_all_subjects_is_refused(slices, tmp_path):
+    whole = SliceStore(slices)
+    with pytest.raises(ValueError, match="--held-out nobody: not in .*subjects.tsv; it has "):
+        recipes.write_fold(whole, ["nobody"], tmp_path / "fold")
+    with pytest.raises(ValueError, match="nobody is left to train on"):
+        recipes.write_fold(whole, [s["subject"] for s in whole.subjects], tmp_path / "fold")
+
+
+def test_a_recipe_is_a_name_or_options():
+    assert recipes.recipe_of("paper") == ("paper", ("--recipe", "paper"))
+    assert recipes.recipe_of("x-1=--lr 1e-3 --no-flip") == ("x-1", ("--lr", "1e-3", "--no-flip"))
+    for wrong in ("../up=--lr 1", "fold0", "=--lr 1", "a b"):
+        with pytest.raises(ValueError, match="a name of letters"):
+            recipes.recipe_of(wrong)
+
+
+def test_the_rule_takes_the_epoch_that_comes_back_best_and_looks_at_no_pairs():
+    def point(cycle, histogram):
+        return {f"{name}_{what}": value for name in ("t1w", "t2w")
+                for what, value in (("cycle_error", cycle), ("histogram_distance", histogram))}
+    assert recipes.pick([point(0.3, 0.1), point(0.1, 0.1), point(0.1, 0.4)]) == 1
+
+
+def test_spread_is_between_seeds_of_the_mean_over_folds():
+    rows = [{"seed": seed, "brain_ssim": value}
+            for seed, value in ((0, 0.5), (0, 0.7), (1, 0.6), (1, 0.8))]
+    assert recipes.spread(rows) == f"+-{0.1 / 2 ** 0.5:.3f}"
+    assert recipes.spread(rows[:2]) == ""
+
+
+def test_two_recipes_are_trained_measured_and_not_repeated(slices, tmp_path):
+    people = sorted({s["subject"] for s in SliceStore(slices).subjects})
+    command = [sys.executable, str(ROOT / "benchmarks" / "recipes.py"), "--slices", str(slices),
+               "--out", str(tmp_path / "out"), "--held-out", ",".join(people[:2]),
+               "--recipes", "default", "paper", "--pairs", "20", "--features", "2",
+               "--device", "cpu", "--ceiling"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = first.stdout.splitlines()
+    found = json.loads(lines[-1])["runs"]
+    assert first.returncode == any(r["warnings"] for r in found), first.stderr
+    models = [r for r in found if r["method"] == "model"]
+    assert {(r["recipe"], r["fold"], r["direction"]) for r in models} == {
+        (recipe, 0, direction) for recipe in ("default", "paper")
+        for direction in ("t1w-to-t2w", "t2w-to-t1w")}
+    for row in models:
+        folder = tmp_path / "out" / row["recipe"] / f"fold{row['fold']}_seed0"
+        summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+        assert row["brain_ssim"] == summary[row["direction"]]["brain"]["ssim"]["mean"]
+        curve = [r["t2w_ssim" if row["direction"] == "t1w-to-t2w" else "t1w_ssim"]
+                 for r in map(json.loads, (folder / "run" / "metrics.jsonl").open())
+                 if r["kind"] == "validation"]
+        assert len(curve) == 20 and summary["slices_seen"] == 20
+        assert row["swing"] == max(curve[-5:]) - min(curve[-5:])
+        assert row["best_epoch"] == max(curve) and row["without_pairs"] in curve
+        # train.py and evaluate.py measure the same nets alike
+        assert row["brain_ssim"] == pytest.approx(curve[-1], abs=5e-3)
+    ceilings = [r for r in found if r["method"] == "ceiling"]
+    assert len(ceilings) == 2 and {r["seed"] for r in ceilings} == {0}
+    titles, *table = lines[:-1]
+    assert titles.split()[:3] == ["recipe", "direction", "runs"] and len(table) == 2 * 5
+    config = json.loads((tmp_path / "out/paper/fold0_seed0/run/config.json").read_text())
+    assert config["lambda_identity"] == 5 and config["ema"] == 0
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.pt")}
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.stdout == first.stdout
+    assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.pt")}
