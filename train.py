@@ -36,7 +36,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import console
 import health
 from config import TrainConfig, parse_args, plain
-from data.augment import flip_left_right
+from data.augment import deform, disturb, flip_left_right
 from data.contrast import intensity_quantiles, training_figures
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
 from data.store import SliceStore, write_atomically
@@ -112,7 +112,7 @@ class Training:
         seeds = [2 * (config.seed * 10007 + process.rank) + domain for domain in (0, 1)]
         self.history = {name: ImageHistory(config.history_size, seed)
                         for name, seed in zip(("x", "y"), seeds)}
-        self.flips = torch.Generator()
+        self.draws = torch.Generator()  # of augmentation, seeded anew in each step
         self.step = self.slices_seen = 0
         self.epoch = self.epoch_step = 0  # epochs that are finished, steps of the one that is not
         self.best: dict[str, Any] = {"t2w_ssim": -1.0, "epoch": -1, "kept": [], "judged_step": 0}
@@ -174,12 +174,27 @@ class Training:
         return autocast(self.process.device, self.precision)
 
     def augment(self, real_x: Tensor, real_y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mirror at random; drawn from seed, step and rank, so a resumed run draws the same."""
-        if not self.config.flip:
+        """Mirror and deform at random; drawn from seed, step and rank, as a resumed run draws."""
+        draws = self._draws(0)
+        if self.config.flip:
+            real_x, real_y = (flip_left_right(v, draws) for v in (real_x, real_y))
+        if self.config.deform:
+            real_x, real_y = (deform(v, draws, self.config.deform) for v in (real_x, real_y))
+        return real_x, real_y
+
+    def given(self, real_x: Tensor, real_y: Tensor) -> tuple[Tensor, Tensor]:
+        """What G and F are given of these slices: with other intensities, drawn alike."""
+        if not self.config.disturb:
             return real_x, real_y
-        words = np.random.SeedSequence([self.config.seed, self.step, self.process.rank])
-        self.flips.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
-        return flip_left_right(real_x, self.flips), flip_left_right(real_y, self.flips)
+        draws = self._draws(1)
+        first, second = (disturb(v, draws, self.config.disturb) for v in (real_x, real_y))
+        return first, second
+
+    def _draws(self, purpose: int) -> torch.Generator:
+        words = np.random.SeedSequence([self.config.seed, self.step, self.process.rank]
+                                       + [purpose] * (purpose > 0))
+        self.draws.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
+        return self.draws
 
     def note(self, values: Tensor) -> None:
         """Take in what a step returned."""
