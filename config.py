@@ -29,6 +29,8 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
                   "compile", "cuda_graph", "workers", "log_every", "save_minutes", "keep_best")
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
+# What a checkpoint that knows nothing of an option was trained with.
+BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "disturb": 0.0}
 # `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
 # half of the cycle's)
 RECIPES: dict[str, dict[str, Any]] = {

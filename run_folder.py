@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows: the user has to see to it that one run writes
     fcntl = None  # type: ignore[assignment]
 
-from config import FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig, flag, plain
+from config import BEFORE_THERE_WAS, FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig, flag, plain
 from data.store import SPLITS, SliceStore, write_atomically
 from device import Process
 from models import checkpoint
@@ -242,13 +242,13 @@ def find_resume(config: TrainConfig, args: argparse.Namespace,
 def _check_options(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any],
                    last: Path) -> None:
     """Refuse options that change what is learnt."""
-    now = plain(asdict(config))
-    changed = [name for name, value in state["config"].items()
+    now, before = plain(asdict(config)), {**BEFORE_THERE_WAS, **state["config"]}
+    changed = [name for name, value in before.items()
                if name not in FREE_ON_RESUME and now.get(name) != value]
     if args.override:
         changed = [name for name in changed if name in FIXED_ON_RESUME]
     if changed:
-        was = ", ".join(f"{flag(name)} {state['config'][name]} (now {now.get(name)})"
+        was = ", ".join(f"{flag(name)} {before[name]} (now {now.get(name)})"
                         for name in changed)
         cure = "" if args.override else "add --override, "
         raise ValueError(f"{last}: was trained with {was}; give these again, {cure}or choose "

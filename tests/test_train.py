@@ -696,6 +696,18 @@ def test_changed_options_are_refused_by_name_and_taken_with_override(run, tmp_pa
     assert state["slices_seen"] == 2 + 2 * 2
 
 
+def test_a_checkpoint_from_before_an_option_goes_on_without_it(run, tmp_path):
+    run("--max-steps", 2, "--deform", 0, "--start-pairs", 0)
+    state = checkpoint.load(tmp_path / "run" / "last.pt", resume=True)
+    for name in ("deform", "start_pairs"):
+        del state["config"][name]
+    checkpoint.save(tmp_path / "run" / "last.pt", state)
+    outcome = run("--max-steps", 3, "--deform", 1)
+    assert outcome.code == 2
+    assert "--start-pairs 0 (now 500), --deform 0.0 (now 1.0); give these" in outcome.complaint
+    assert run("--max-steps", 3, "--deform", 0, "--start-pairs", 0).code == 0
+
+
 def test_the_nets_of_a_run_cannot_change_even_with_override(run):
     run("--max-steps", 1)
     outcome = run("--max-steps", 2, "--features", 6, "--override")
