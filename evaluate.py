@@ -376,7 +376,8 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     text = json.dumps(summary, indent=1, allow_nan=False)
     write_atomically(args.out / "summary.json", (text + "\n").encode())
     main, others = ("ssim", "psnr_db", "mae"), ("ms_ssim", "ncc", "gradient_similarity",
-                                                "intensity_distance", "cycle_error")
+                                                "intensity_distance", "cycle_error",
+                                                "checkerboard")
     volumes = ("ssim", "psnr_db", "slice_consistency", *(["contrast_order"] * bool(work.tissues)))
     page = evaluation_page(
         summary, {"In the brain": table(summary, ["brain"], main, "\n"),

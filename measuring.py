@@ -61,6 +61,7 @@ METRICS = {
     "gradient_similarity": Metric("gradient similarity", 3, True),
     "intensity_distance": Metric("intensity distance", 4, False),
     "cycle_error": Metric("cycle error", 4, False),
+    "checkerboard": Metric("checkerboard", 3, None),
     "slice_consistency": Metric("slice consistency", 3, None, ("volume",)),
     "contrast_order": Metric("contrast order", 2, True, ("volume",)),
 }
@@ -174,6 +175,8 @@ def measure_slices(source: Tensor, target: Tensor, fake: Tensor, mask: Tensor,
         "intensity_distance": quality.intensity_distance(image, real, mask),
         "from_input": quality.mae(image, given, mask),
     }
+    if min(image.shape[2:]) >= quality.CHECKERBOARD_SIDE:
+        figures["brain"]["checkerboard"] = quality.checkerboard(image, real, mask)
     if cycled is not None:
         figures["brain"]["cycle_error"] = quality.mae((cycled + 1) / 2, given, mask)
     return figures

@@ -22,6 +22,8 @@ from report.evaluation import direction_text, spread_text
 
 # A translation this much nearer to its input than the real target is has copied it.
 COPY_RATIO = 0.5
+# Of seven real heads, T1w against T2w, the means over slices are 0.98 to 1.04 either way.
+CHECKERBOARD = 1.1
 DISTANCES = ("Frechet distance", "kernel distance x 1000")
 IDS = ("direction", "method", "ckpt", "protocol", "id")  # columns of the tables
 
@@ -44,11 +46,13 @@ def summarise(per_subject: list[Record], ckpt: str, seed: int) -> dict[str, Any]
 
 
 def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
-    """Has the model copied its input, or inverted the contrast? Means over slices, and the verdict.
+    """Has the model copied its input, inverted the contrast, or left checkerboards?
 
-    `correlation` is with the real target inside the brain, below 0 for an inverted contrast;
-    `copy_ratio` is the distance from translation to input as a share of the distance from real
-    target to input, near 0 for a copy.
+    Means over slices inside the brain, and the verdict. `correlation` is with the real target,
+    below 0 for an inverted contrast; `copy_ratio` is the distance from translation to input as a
+    share of the distance from real target to input, near 0 for a copy; `checkerboard` is
+    `losses.quality.checkerboard`, above 1 for patterns of 2 or 4 pixels (None for slices too small
+    to tell).
     """
     checks = {}
     for direction in DIRECTIONS:
@@ -66,7 +70,15 @@ def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
         if agreement < 0:
             warnings.append(f"{direction}: contrast is inverted (correlation with the real target "
                             f"{agreement:.2f})")
-        checks[direction] = {"correlation": agreement, "copy_ratio": ratio, "warnings": warnings}
+        traces = [r["checkerboard"] for r in select(brain_only, method=MODEL, ckpt=ckpt)
+                  if "checkerboard" in r]
+        pattern = float(np.mean(traces)) if traces else None
+        if pattern is not None and pattern > CHECKERBOARD:
+            warnings.append(f"{direction}: the upsampling leaves a checkerboard (spectral peaks "
+                            f"of 2 and 4 pixels {pattern:.2f} of real slices'); train.py has "
+                            "--upsample nearest")
+        checks[direction] = {"correlation": agreement, "copy_ratio": ratio,
+                             "checkerboard": pattern, "warnings": warnings}
     return checks
 
 
@@ -97,13 +109,18 @@ def distribution(features: Sequence[dict[str, Tensor]], seed: int) -> dict[str, 
 
 def comparisons(per_subject: list[Record], ckpts: Sequence[str],
                 seed: int) -> dict[str, dict[str, Any]]:
-    """Checkpoint to direction to metric: its differences from the first, in the brain."""
+    """Checkpoint to direction to metric: its differences from the first, in the brain.
+
+    Of metrics that are better the higher or the lower; 1 is best has no such difference.
+    """
+    judged = {name for name, metric in METRICS.items() if metric.higher_is_better is not None}
     found: dict[str, dict[str, Any]] = {}
     for ckpt in ckpts[1:]:
         found[ckpt] = {}
         for direction in DIRECTIONS:
             first, other = (figures_of(per_subject, direction=direction, method=MODEL,
                                        protocol="brain", ckpt=name) for name in (ckpts[0], ckpt))
+            first = {name: people for name, people in first.items() if name in judged}
             found[ckpt][direction] = compare(first, other, seed)
     return found
 

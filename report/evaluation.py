@@ -18,7 +18,9 @@ PROTOCOLS_NOTE = (
     "subjects. Slice consistency: differences between neighbouring slices as a share of the real "
     "volume's, 1 is best. Contrast order: share of subjects whose CSF, grey and white matter are "
     "in T2w's order of brightness, or T1w's. Intensity distance: Wasserstein-1 between the "
-    "histograms in the brain. Cycle error: mean distance of the slice translated there and back."
+    "histograms in the brain. Cycle error: mean distance of the slice translated there and back. "
+    "Checkerboard: patterns of 2 and 4 pixels, as upsampling leaves them, over those of the real "
+    "slice; 1 is best."
 )
 LIMITS = (
     "Slices are translated one by one, so neighbours may differ in brightness; lesions can fade or "

@@ -252,6 +252,18 @@ def test_a_net_that_inverts_the_contrast_is_found_out(store):
         assert "contrast is inverted (correlation with the real target -1.00)" in said
 
 
+def test_a_net_that_leaves_checkerboards_is_found_out(store):
+    squares = torch.from_numpy((-1.0) ** np.indices((32, 32)).sum(axis=0)).float()
+    records = measured(store, lambda source, target: target + 0.1 * squares)
+    for direction, check in contrast_checks(records, "m").items():
+        said, = check["warnings"]
+        assert f"{direction}: the upsampling leaves a checkerboard" in said
+        assert check["checkerboard"] > 1.5 and f"{check['checkerboard']:.2f} of real" in said
+    without = [{k: v for k, v in r.items() if k != "checkerboard"} for r in records]
+    assert contrast_checks(without, "m")["t1w-to-t2w"]["checkerboard"] is None
+    assert not warnings_of(without)["t1w-to-t2w"]
+
+
 def test_the_real_target_and_one_with_some_noise_raise_no_warning(store):
     noise = 0.1 * torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     for translate in (lambda source, target: target, lambda source, target: target + noise):

@@ -14,8 +14,8 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structu
 from skimage.transform import downscale_local_mean, resize
 from torch import Tensor
 
-from losses.quality import (GRADIENT_CONSTANT, SCALE_WEIGHTS, correlation, crop_to_box,
-                            gradient_similarity, intensity_distance, mae, measure,
+from losses.quality import (GRADIENT_CONSTANT, SCALE_WEIGHTS, checkerboard, correlation,
+                            crop_to_box, gradient_similarity, intensity_distance, mae, measure,
                             multiscale_ssim, psnr_db, scale_count, ssim, ssim_map)
 
 # All that take (image, reference, mask, data_range), and what equal images reach.
@@ -429,3 +429,99 @@ def test_an_inverted_contrast_has_no_multiscale_ssim():
     reference = big_real_slices()
     assert (multiscale_ssim(1 - reference, reference) == 0).all()
     assert (ssim(1 - reference, reference) < 0.2).all()
+
+
+# ------------------------------------------------------------------------------- checkerboards
+
+
+def head_slices(size: int = 128, n: int = 8) -> Tensor:
+    """Return noisy slices with edges in many directions, (n, 1, size, size) in [0, 1]."""
+    draws = np.random.default_rng(0)
+    y, x = (np.indices((size, size)) - (size - 1) / 2) / (size / 2)
+    radius = np.hypot(x / 0.75, y / 0.9)
+    tissue = [0.5 + 0.25 * np.cos(9 * radius + k) + 0.1 * np.sin(17 * x * y + 3 * k)
+              for k in range(n)]
+    images = (np.stack(tissue) + draws.normal(0, 0.01, (n, size, size))) * (radius < 1)
+    return torch.from_numpy(images).float()[:, None].clamp(0, 1)
+
+
+PATTERNS = {
+    "rows of 2": lambda y, x: (-1.0) ** y,
+    "columns of 2": lambda y, x: (-1.0) ** x,
+    "squares of 2": lambda y, x: (-1.0) ** (x + y),
+    "columns of 4": lambda y, x: np.cos(np.pi / 2 * x),
+    "squares of 4": lambda y, x: np.cos(np.pi / 2 * x) * np.cos(np.pi / 2 * y) * 2,
+    "4 along, 2 across": lambda y, x: np.cos(np.pi / 2 * x) * (-1.0) ** y,
+}
+
+
+def pattern(name: str, size: int = 128) -> Tensor:
+    return torch.from_numpy(PATTERNS[name](*np.indices((size, size)))).float()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_of_upsampling_show_where_the_eye_hardly_sees_them(name):
+    real = head_slices()
+    mask = real > 0
+    for strength, least in ((0.01, 1.15), (0.02, 1.5)):
+        found = checkerboard(real + strength * pattern(name), real, mask)
+        assert found.shape == (8,) and found.dtype == torch.float32
+        assert float(found.min()) > least, strength
+    outside = torch.where(mask, real, real + 0.1 * pattern(name))
+    assert torch.equal(checkerboard(outside, real, mask), torch.ones(8))
+
+
+def test_what_is_no_pattern_of_upsampling_leaves_the_figure_at_one():
+    real, other = head_slices(), noisy(head_slices().flip(0), 0.02)
+    mask = real > 0
+    y, x = torch.meshgrid(torch.arange(128.), torch.arange(128.), indexing="ij")
+    gain = 1 + 0.3 * torch.sin(x / 20) * torch.cos(y / 25)
+    same = {"itself": real, "darker": 0.3 * real, "with a smooth gain": real * gain}
+    for name, image in same.items():
+        found = checkerboard(image, real, mask)
+        assert (found - 1).abs().max() < 0.1 and abs(float(found.mean()) - 1) < 0.02, name
+    torch.testing.assert_close(checkerboard(0.3 * real, real, mask), torch.ones(8))
+    stripes = real + 0.02 * torch.sin(2 * torch.pi * x / 3)  # 3 pixels are not of upsampling
+    blurred = torch.from_numpy(ndimage.gaussian_filter(real.numpy(), (0, 0, 1, 1)))
+    for name, image in {"noise": noisy(real, 0.02), "another slice": other, "stripes": stripes,
+                        "blurred": blurred}.items():
+        assert abs(float(checkerboard(image, real, mask).mean()) - 1) < 0.1, name
+
+
+def test_a_blur_takes_a_pattern_away_and_the_figure_falls_with_it():
+    real = head_slices()
+    marked = (real + 0.02 * pattern("columns of 2")).numpy()
+    found = [float(checkerboard(torch.from_numpy(ndimage.gaussian_filter(marked, (0, 0, s, s))),
+                                real, real > 0).mean()) for s in (0, 0.5, 1)]
+    assert found[0] > 1.5 and found[0] > found[1] > found[2] and found[2] < 1.15
+
+
+def test_the_checkerboard_is_that_of_the_whole_spectrum_taken_bin_by_bin():
+    """On sides that are not alike, nor multiples of 4."""
+    def peaks(image):
+        power, ratios = np.abs(np.fft.fft2(image)) ** 2, []
+        for u, v in ((a, b) for a in range(4) for b in range(4) if a or b):
+            rolled = np.roll(power, (20 - round(30 * u / 4), 20 - round(45 * v / 4)), (0, 1))
+            box = rolled[15:26, 15:26]
+            inner = np.zeros((11, 11), bool)
+            inner[3:8, 3:8] = True
+            ratios.append(box[4:7, 4:7].mean() / box[~inner].mean())
+        return np.mean(ratios)
+
+    image, real = random_slices(3, 1, 30, 45), random_slices(3, 1, 30, 45, seed=1)
+    mask = random_slices(3, 1, 30, 45, seed=2) > 0.3
+    x, y = ((v.double() * mask).numpy()[:, 0] for v in (image, real))
+    wanted = [(peaks(a) / peaks(b)) ** 0.5 for a, b in zip(x, y)]
+    assert checkerboard(image, real, mask).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_slices_with_nothing_in_them_have_no_checkerboard():
+    empty = torch.zeros(2, 1, 32, 32)
+    assert checkerboard(empty, empty).tolist() == [1, 1]
+    nan = empty.clone()
+    nan[0, 0, 0, 0] = math.nan
+    assert checkerboard(nan, empty).isnan().tolist() == [True, False]
+    with pytest.raises(ValueError, match="27 x 32; .* at least 28"):
+        checkerboard(empty[:, :, :27], empty[:, :, :27])
+    with pytest.raises(ValueError, match="empty in rows 0, 1"):
+        checkerboard(empty, empty, empty.bool())

@@ -66,6 +66,7 @@ def test_figures_are_those_of_the_losses_on_the_same_slices(store, measured):
             "gradient_similarity": quality.gradient_similarity(fake, real, mask),
             "intensity_distance": quality.intensity_distance(fake, real, mask),
             "cycle_error": quality.mae(cycled, given, mask),
+            "checkerboard": quality.checkerboard(fake, real, mask),
             "from_input": quality.mae(fake, given, mask)}
         found = list(select(measured[0], direction=direction, method="model", protocol="brain"))
         assert [r["row"] - session(store, "04")["first_row"] for r in found] == list(range(12))
@@ -102,6 +103,12 @@ def test_translations_of_the_first_method_come_back_for_the_pictures(store, meas
     t1w, t2w, _ = reals(store, "04")
     assert torch.equal(measured[1]["t1w-to-t2w"], turned(t1w))
     assert torch.equal(measured[1]["t2w-to-t1w"], bent(t2w))
+
+
+def test_slices_too_small_for_it_have_no_checkerboard():
+    small, mask = torch.rand(2, 1, 24, 24) * 2 - 1, torch.ones(2, 1, 24, 24).bool()
+    found = measuring.measure_slices(small, small, small, mask)["brain"]
+    assert "checkerboard" not in found and found["ssim"].tolist() == pytest.approx([1, 1])
 
 
 def test_a_net_never_gets_more_slices_than_the_batch(store):
