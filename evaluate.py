@@ -4,12 +4,13 @@
     python evaluate.py --ckpt runs/a/best.pt runs/b/best.pt           compared subject by subject
     python evaluate.py --ckpt runs/default/best.pt --bids DIR         on new paired scans
 
-Writes `summary.json`, `subjects.csv`, `slices.csv`, figures and `report.html`. The subject is the
-unit: figures are means over a subject's slices, then mean, SD and a 95 % bootstrap interval over
-subjects. Since published figures differ by 10 dB from protocol alone, each is named: `brain`
-(inside the mask, the honest one), `slice` (the whole slice; empty background makes every figure
-better), `box` (cropped to the brain's box and resized to 128 x 128) and `volume` (3-D, inside the
-mask). Beside them what copying the input reaches (the floor), and a look-up table of intensities.
+Writes `summary.json`, `subjects.csv`, `slices.csv`, `lesions.csv`, figures and `report.html`. The
+subject is the unit: figures are means over a subject's slices, then mean, SD and a 95 % bootstrap
+interval over subjects. Since published figures differ by 10 dB from protocol alone, each is named:
+`brain` (inside the mask, the honest one), `slice` (the whole slice; empty background makes every
+figure better), `box` (cropped to the brain's box and resized to 128 x 128) and `volume` (3-D,
+inside the mask). Beside them what copying the input reaches (the floor), and a look-up table of
+intensities.
 """
 
 from __future__ import annotations
@@ -35,19 +36,20 @@ from ceiling import train_ceiling
 from data import bids, brain
 from data.slices import paired_slices, paired_subjects
 from data.store import SPLITS, SliceStore, read_skipped, write_atomically
-from data.tissues import find_tissues, tissue_slices
+from data.tissues import find_lesions, find_tissues, lesion_slices, tissue_slices
 from device import PRECISIONS, Process, autocast, choose_precision, first_speaks, start_process
 from measuring import (CEILING, DIRECTIONS, METHODS, METRICS, MODEL, PROTOCOLS, TABLE, Method,
-                       Record, Translate, copy_input, in_batches, measure_session, over_slices,
-                       person, select)
+                       RealLesions, Record, Translate, copy_input, in_batches, measure_session,
+                       over_slices, person, select)
 from models import checkpoint
 from models.baseline import LookUpTable
 from models.features import load_features
 from report import figures
 from report.evaluation import evaluation_page, training_curves, whose
 from report.viewer import Stack
-from summary import (best_median_worst, caption_of, comparison_csv, comparison_rows, comparisons,
-                     contrast_checks, distribution, records_csv, summarise, table)
+from summary import (IDS, LESIONS, best_median_worst, caption_of, comparison_csv, comparison_rows,
+                     comparisons, contrast_checks, distribution, lesion_rows, lesion_summary,
+                     lesion_warnings, records_csv, session_lesion_rows, summarise, table)
 
 log = logging.getLogger("evaluate")
 BINS = 64  # of the histograms
@@ -79,6 +81,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="BIDS trees that the slices were made of, with maps of tissues "
                              "(label-GM_probseg and so on): is CSF brighter than grey matter on "
                              "T2w, and darker on T1w?")
+    beside.add_argument("--lesions", type=Path, nargs="+", metavar="DIR",
+                        help="BIDS trees that the slices were made of, with masks of lesions "
+                             "(label-lesion_mask or label-L_mask): does a translation keep them? "
+                             "(default: a rule of thumb finds them on the real scans)")
     beside.add_argument("--features", type=Path, metavar="FILE",
                         help="weights of torchvision's Inception v3, for Frechet and kernel "
                              "distance")
@@ -197,11 +203,13 @@ class Measured:
     records : as `measuring.measure_session`
     counts : direction to (2, bins): intensities in the brain, real and translated by the first
     features : direction to (2, n, D) real and translated by the first, {} without weights
+    lesions : as `measuring.measure_session`
     """
 
     records: list[Record]
     counts: dict[str, np.ndarray]
     features: dict[str, Tensor]
+    lesions: list[Record]
 
 
 class Evaluation:
@@ -236,6 +244,10 @@ class Evaluation:
         if args.tissues and len(self.tissues) < len(sessions):
             self.notes.append(f"contrast order measured on {len(self.tissues)} of {len(sessions)} "
                               "sessions; of the others there are no maps of tissues in --tissues")
+        self.lesions = find_lesions(args.lesions or (), sessions)
+        if args.lesions and len(self.lesions) < len(sessions):
+            self.notes.append(f"lesions measured on {len(self.lesions)} of {len(sessions)} "
+                              "sessions; of the others there are no masks in --lesions")
 
     def _translators(self, kind: str, state: dict[str, Any], ckpt: str = "") -> Method:
         device = self.process.device
@@ -294,8 +306,9 @@ class Evaluation:
         device, batch_size = self.process.device, self.args.batch_size
         known = self.tissues.get(session["id"])
         tissues = torch.from_numpy(tissue_slices(self.store, session, *known)) if known else None
-        records, translated = measure_session(self.store, session, self.methods, device,
-                                              batch_size, tissues)
+        records, translated, lesions = measure_session(
+            self.store, session, self.methods, device, batch_size, tissues,
+            self._real_lesions(session))
         counts, features = {}, {}
         for direction, (_, real, fake, mask) in self.beside(session, translated).items():
             counts[direction] = np.stack([np.histogram(v[mask].numpy(), BINS, (0, 1))[0]
@@ -304,7 +317,15 @@ class Evaluation:
                 features[direction] = torch.stack([
                     torch.cat([self.features(v[i:i + batch_size].to(device)).cpu()
                                for i in range(0, len(v), batch_size)]) for v in (real, fake)])
-        return Measured(records, counts, features)
+        return Measured(records, counts, features, lesions)
+
+    def _real_lesions(self, session: dict[str, Any]) -> RealLesions | None:
+        """A session's lesions: from --lesions, else by rule; None where --lesions has none."""
+        if not self.args.lesions:
+            return RealLesions(self.store, session)
+        known = self.lesions.get(session["id"])
+        return (RealLesions(self.store, session, lesion_slices(self.store, session, *known))
+                if known else None)
 
     def beside(self, session: dict[str, Any],
                translated: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, ...]]:
@@ -341,9 +362,14 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     ckpts, state = [str(path) for path in args.ckpt], work.states[0]
     checks = contrast_checks(records, ckpts[0])
     compared = comparisons(per_subject, ckpts, args.seed)
-    warnings = [w for d in DIRECTIONS for w in checks[d]["warnings"]]
+    lesions = sorted((r for m in measured for r in m.lesions),
+                     key=lambda r: (r["direction"], r["id"]))
+    of_lesions = lesion_summary(lesions, ckpts[0], args.seed)
+    warnings = [*(w for d in DIRECTIONS for w in checks[d]["warnings"]),
+                *lesion_warnings(of_lesions)]
     summary = summarise(per_subject, ckpts[0], args.seed) | {
         "checks": checks, "warnings": warnings, "notes": work.notes,
+        "lesions": {"found_by": "mask" if args.lesions else "rule", **of_lesions},
         "distribution": distribution([m.features for m in measured], args.seed),
         "n_subjects": len({person(s["id"]) for s in sessions}), "n_sessions": len(sessions),
         "n_slices": sum(s["n_slices"] for s in sessions),
@@ -354,6 +380,7 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
         "precision": str(work.precision).removeprefix("torch."), "seed": args.seed,
         "others": [{"ckpt": name, "ckpt_sha256": checkpoint.fingerprint(path),
                     "checks": contrast_checks(records, name),
+                    "lesions": lesion_summary(lesions, name, args.seed),
                     **summarise(per_subject, name, args.seed), "difference": compared[name]}
                    for name, path in zip(ckpts[1:], args.ckpt[1:])]}
     best = {d: best_median_worst(records, d, ckpts[0]) for d in DIRECTIONS}
@@ -366,7 +393,9 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
         write_atomically(args.out / f"{name}.svg", picture.svg)
     tables = {"slices": records_csv((r for r in records if r["row"] is not None), "row", *METRICS,
                                     "from_input"),
-              "subjects": records_csv(per_subject, "n_slices", *METRICS)}
+              "subjects": records_csv(per_subject, "n_slices", *METRICS),
+              "lesions": records_csv(lesions, *LESIONS,
+                                     ids=[name for name in IDS if name != "protocol"])}
     rows = comparison_rows(compared)
     if rows:
         tables["comparison"] = comparison_csv(compared)
@@ -384,7 +413,8 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
                   "Other figures in the brain": table(summary, ["brain"], others, "\n"),
                   "Volumes": table(summary, ["volume"], volumes, "\n"),
                   "Protocols of other papers": table(summary, ["slice", "box"], main, "\n")},
-        pictures, view(work, sessions, records, best), state, alarms, rows)
+        pictures, view(work, sessions, records, best), state, alarms, rows,
+        (lesion_rows(of_lesions), session_lesion_rows(lesions, ckpts[0])))
     write_atomically(args.out / "report.html", page.encode())
     print_tables(summary, table(summary, PROTOCOLS, main), rows)
     log.info("report: %s", args.out / "report.html")

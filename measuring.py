@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.slices import paired_slices
 from data.store import SliceStore
-from losses import quality, volume_quality
+from losses import lesions, quality, volume_quality
 from losses.contrast import contrast_order
 
 DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
@@ -100,9 +100,57 @@ def copy_input() -> Method:
     return Method(FLOOR, dict.fromkeys(DIRECTIONS, lambda real: real))
 
 
+class RealLesions:
+    """The lesions of a session's real scans, to look for in its translations.
+
+    Parameters
+    ----------
+    store, session : one row of its `subjects.tsv`; slices lie as far apart as it says
+    given : (n, H, W) bool, a mask of the lesions; None takes `lesions.find_candidates`
+    """
+
+    def __init__(self, store: SliceStore, session: dict[str, Any],
+                 given: np.ndarray | None = None):
+        t1w, t2w, self.mask = store.of_subject(session)
+        pixel = float(store.header["spacing_mm"])
+        self.voxel_mm = (float(session["slice_spacing_mm"] or pixel), pixel, pixel)
+        self.real = {"T1w": self._in_range(t1w), "T2w": self._in_range(t2w)}
+        found = self._find(self.real)
+        self.known = found.suspects if given is None else found.suspects | given
+        self.outlines = lesions.outline(found.labels if given is None else given, self.mask,
+                                        found.fluid, self.voxel_mm)
+        self.ml = np.array([lesion.ml for lesion in self.outlines])
+        self.found_by = "rule" if given is None else "mask"
+
+    def measure(self, direction: str, fake: Tensor, method: str) -> dict[str, Any]:
+        """Compare with a translation (n, 1, H, W) in [-1, 1]; see `losses.lesions`.
+
+        Returns what `lesions.compare` and `lesions.invented` do, less what cannot be told, and
+        `found_by` (rule or mask), `n_lesions`, `lesion_ml`. A copied input invents nothing.
+        """
+        source, target = DIRECTIONS[direction]
+        image = self._in_range(fake[:, 0].numpy())
+        real, translated = (lesions.contrasts(v, self.outlines) for v in
+                            (self.real[target], image))
+        figures = {"found_by": self.found_by, "n_lesions": len(self.ml),
+                   "lesion_ml": float(self.ml.sum()),
+                   **lesions.compare(real, translated, self.ml)}
+        if method != FLOOR:
+            found = self._find({source: self.real[source], target: image})
+            figures |= lesions.invented(found.labels, self.known, self.voxel_mm)
+        return figures
+
+    def _find(self, scans: Mapping[str, np.ndarray]) -> lesions.Candidates:
+        return lesions.find_candidates(scans["T1w"], scans["T2w"], self.mask, self.voxel_mm)
+
+    def _in_range(self, slices: np.ndarray) -> np.ndarray:
+        return (slices.astype(np.float32) + 1) / 2 * self.mask
+
+
 def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterable[Method],
-                    device: torch.device, batch_size: int = 16,
-                    tissues: Tensor | None = None) -> tuple[list[Record], dict[str, Tensor]]:
+                    device: torch.device, batch_size: int = 16, tissues: Tensor | None = None,
+                    real_lesions: RealLesions | None = None,
+                    ) -> tuple[list[Record], dict[str, Tensor], list[Record]]:
     """Measure every slice of a session and their volume, both ways, for each method.
 
     Parameters
@@ -111,12 +159,14 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
     methods : what translates
     device : where the figures are computed
     tissues : (n, 3, H, W) shares of grey matter, white matter and CSF in its slices, if known
+    real_lesions : what to look for; None leaves lesions out
 
     Returns
     -------
     records : a slice has its row of the store as `row`, a volume None; inside the brain also the
         distance `from_input`
     translated : direction to the first method's translation (n, 1, H, W) in [-1, 1], on the CPU
+    lesions : of the session, one each direction and method
 
     Raises
     ------
@@ -126,6 +176,7 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
     real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
     reals = dict(zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))))
     records: list[Record] = []
+    of_lesions: list[Record] = []
     translated: dict[str, Tensor] = {}
     for direction, (source, target) in reals.items():
         for method in methods:
@@ -152,9 +203,11 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
             records.append({**ids, "protocol": "volume", "row": None,
                             **measure_volume(fake, target, mask, device),
                             **measure_order(fake, tissues, DIRECTIONS[direction][1])})
+            if real_lesions:
+                of_lesions.append({**ids, **real_lesions.measure(direction, fake, method.kind)})
     for record in records:
         record["psnr_db"] = min(record["psnr_db"], PSNR_CAP_DB)
-    return records, translated
+    return records, translated, of_lesions
 
 
 def in_batches(translate: Translate, slices: Tensor, batch_size: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from comparison import compare, spread
 from losses.distribution import frechet_distance, kernel_distance
 from measuring import (DIRECTIONS, FLOOR, METHODS, METRICS, MODEL, PROTOCOLS, Record, figures_of,
-                       select)
+                       person, select)
 from report.evaluation import direction_text, spread_text
 
 # A translation this much nearer to its input than the real target is has copied it.
@@ -26,6 +26,12 @@ COPY_RATIO = 0.5
 CHECKERBOARD = 1.1
 DISTANCES = ("Frechet distance", "kernel distance x 1000")
 IDS = ("direction", "method", "ckpt", "protocol", "id")  # columns of the tables
+# of lesions: those of the real scans, their contrast, what became of it
+LESIONS = ("found_by", "n_lesions", "lesion_ml", "n_visible", "contrast_real",
+           "contrast_translated", "kept", "erased", "n_invented", "invented_ml")
+LESION_DIGITS = {"lesion_ml": 2, "contrast_real": 3, "contrast_translated": 3, "kept": 2,
+                 "erased": 2, "invented_ml": 2}  # of those in the report
+MOSTLY = 0.5  # share of lesions erased from which a warning is due
 
 
 def summarise(per_subject: list[Record], ckpt: str, seed: int) -> dict[str, Any]:
@@ -80,6 +86,45 @@ def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
         checks[direction] = {"correlation": agreement, "copy_ratio": ratio,
                              "checkerboard": pattern, "warnings": warnings}
     return checks
+
+
+def lesion_summary(lesions: list[Record], ckpt: str, seed: int) -> dict[str, Any]:
+    """What became of the lesions: direction, method, figure to its spread over subjects.
+
+    The subject is the unit: means over its sessions, then over subjects, those that have lesions
+    where a figure needs them. `n_subjects` counts subjects with lesions, `n_lesions` these.
+    """
+    summary: dict[str, Any] = {}
+    for direction in DIRECTIONS:
+        summary[direction] = {}
+        for method in METHODS:
+            rows = list(select(lesions, direction=direction, method=method,
+                               ckpt=ckpt if method == MODEL else ""))
+            if not rows:
+                continue
+            found: dict[str, Any] = {
+                "n_subjects": len({person(r["id"]) for r in rows if r["n_lesions"]}),
+                "n_lesions": sum(r["n_lesions"] for r in rows)}
+            for name in LESIONS[2:]:
+                people: dict[str, list[float]] = {}
+                for r in rows:
+                    if name in r:
+                        people.setdefault(person(r["id"]), []).append(r[name])
+                if people:
+                    found[name] = spread([float(np.mean(v)) for v in people.values()], seed)
+            summary[direction][method] = found
+    return summary
+
+
+def lesion_warnings(summary: dict[str, Any]) -> list[str]:
+    """A line for each direction in which most of the lesions are erased."""
+    said = []
+    for direction in DIRECTIONS:
+        found = summary[direction].get(MODEL, {})
+        if "erased" in found and found["erased"]["mean"] > MOSTLY:
+            said.append(f"{direction}: lesions are mostly erased ({found['erased']['mean']:.0%} of "
+                        f"them; {found['kept']['mean']:.0%} of their contrast is kept)")
+    return said
 
 
 def distribution(features: Sequence[dict[str, Tensor]], seed: int) -> dict[str, dict[str, Any]]:
@@ -157,6 +202,29 @@ def table(summary: dict[str, Any], protocols: Sequence[str], metrics: Sequence[s
     return rows
 
 
+def lesion_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """`lesion_summary` as lines of text, column titles first; [] without lesions measured."""
+    rows = [["direction", "method", "lesions (subjects)", "volume (ml)", "real contrast",
+             "translated", "kept", "erased", "invented (ml)"]]
+    for direction in DIRECTIONS:
+        for method, found in summary[direction].items():
+            cells = [spread_text(found[name], n, "\n") if name in found else ""
+                     for name, n in LESION_DIGITS.items()]
+            rows.append([direction_text(direction), METHODS[method],
+                         f"{found['n_lesions']} ({found['n_subjects']})", *cells])
+    return rows if len(rows) > 1 else []
+
+
+def session_lesion_rows(lesions: Iterable[Record], ckpt: str) -> list[list[str]]:
+    """Each session's lesions, real and translated by a checkpoint, column titles first."""
+    rows = [["session", "direction", "lesions", "volume (ml)", "real contrast", "translated",
+             "kept", "erased", "invented (ml)"]]
+    for r in select(lesions, method=MODEL, ckpt=ckpt):
+        cells = [f"{r[name]:.{n}f}" if name in r else "" for name, n in LESION_DIGITS.items()]
+        rows.append([r["id"], direction_text(r["direction"]), str(r["n_lesions"]), *cells])
+    return rows
+
+
 def comparison_rows(compared: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The comparison as lines of text, column titles first; [] without one."""
     rows = [["checkpoint", "direction", "metric (brain)", "difference", "p", "p (Holm)"]]
@@ -169,10 +237,10 @@ def comparison_rows(compared: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows if len(rows) > 1 else []
 
 
-def records_csv(records: Iterable[Record], *columns: str) -> bytes:
+def records_csv(records: Iterable[Record], *columns: str, ids: Sequence[str] = IDS) -> bytes:
     """Records as CSV: their ids, then these columns; what was not measured is an empty cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, (*IDS, *columns), extrasaction="ignore", restval="",
+    writer = csv.DictWriter(text, (*ids, *columns), extrasaction="ignore", restval="",
                             lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)

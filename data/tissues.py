@@ -1,12 +1,13 @@
-"""Tissue shares of stored slices, where a BIDS tree has maps of them: `label-GM_probseg` and so on.
+"""Tissue shares and lesions of stored slices, where a BIDS tree has maps of them.
 
-Simulated subjects come with theirs; for scanned ones a segmentation pipeline's derivatives do. The
-store does not hold them: they are cut anew, and only taken if T1w and T2w come out as stored.
+That is `label-GM_probseg` and so on, and `label-lesion_mask`. Simulated subjects come with their
+tissues; for scanned ones a segmentation pipeline's derivatives do. The store does not hold them:
+they are cut anew, and only taken if T1w and T2w come out as stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from data.store import SliceStore
 from data.subject import Settings, prepare_with, sha256
 
 LABELS = ("GM", "WM", "CSF")
+LESIONS = ("label-lesion_mask", "label-L_mask")  # BIDS's own abbreviation is L
 ANY_ML = (1.0, 1e5)  # the store's masks have been judged
 
 
@@ -34,23 +36,35 @@ def find_tissues(roots: Iterable[Path],
     ------
     FileNotFoundError, ValueError : no such tree, or nothing in it
     """
+    return _find(roots, rows, [(f"label-{label}_probseg",) for label in LABELS])
+
+
+def find_lesions(roots: Iterable[Path],
+                 rows: Iterable[dict[str, Any]]) -> dict[str, tuple[Subject, list[Path]]]:
+    """Session id to its files and its mask of lesions, as `find_tissues` does it."""
+    return _find(roots, rows, [LESIONS])
+
+
+def _find(roots: Iterable[Path], rows: Iterable[dict[str, Any]],
+          wanted: Sequence[Sequence[str]]) -> dict[str, tuple[Subject, list[Path]]]:
+    """Find the sessions that have a map of each kind; a kind may have several names."""
     scanned = [subject for root in roots for subject in find_subjects(root)[0]]
     found = {}
     for row in rows:
         for subject in scanned:
             if (subject.subject, subject.session) != (row["subject"], row["session"]):
                 continue
-            maps = [path for path in (_map_of(subject, label) for label in LABELS) if path]
+            maps = [path for names in wanted if (path := _map_of(subject, names))]
             # another dataset may have a subject of the same name
-            if len(maps) == len(LABELS) and sha256(subject.t1w) == row["t1w_sha256"]:
+            if len(maps) == len(wanted) and sha256(subject.t1w) == row["t1w_sha256"]:
                 found[row["id"]] = (subject, maps)
     return found
 
 
-def _map_of(subject: Subject, label: str) -> Path | None:
+def _map_of(subject: Subject, names: Sequence[str]) -> Path | None:
     where = f"sub-{subject.subject}" + (f"/ses-{subject.session}" if subject.session else "")
     for folder in (subject.t1w.parent, *sorted(subject.root.glob(f"derivatives/*/{where}/anat"))):
-        for path in sorted(folder.glob(f"*_label-{label}_probseg.nii*")):
+        for path in (path for name in names for path in sorted(folder.glob(f"*_{name}.nii*"))):
             scan = parse_name(path)
             if scan and scan.get("space") in (None, "T1w", "orig"):
                 return path
@@ -74,6 +88,18 @@ def tissue_slices(store: SliceStore, row: dict[str, Any], subject: Subject,
     ------
     ValueError : the files do not give the slices that are stored
     """
+    return np.clip(_cut_alike(store, row, subject, maps), 0, 1)
+
+
+def lesion_slices(store: SliceStore, row: dict[str, Any], subject: Subject,
+                  maps: list[Path]) -> np.ndarray:
+    """(n, H, W) bool: the lesions in a session's slices; parameters, errors as `tissue_slices`."""
+    return _cut_alike(store, row, subject, maps)[:, 0] >= 0.5
+
+
+def _cut_alike(store: SliceStore, row: dict[str, Any], subject: Subject,
+               maps: list[Path]) -> np.ndarray:
+    """Cut maps as the session's scans were: (n, len(maps), H, W) float32."""
     header = store.header
     settings = Settings(header["size"], header["spacing_mm"], header["min_brain_area"], ANY_ML,
                         header["seed"])
@@ -83,4 +109,4 @@ def tissue_slices(store: SliceStore, row: dict[str, Any], subject: Subject,
     if part.row["rows_sha256"] != row["rows_sha256"]:
         raise ValueError(f"{subject.t1w}: does not give the slices stored as {row['id']}; point to "
                          "the scans that the store was made of")
-    return np.clip(cut, 0, 1)
+    return cut

@@ -2,12 +2,13 @@
 
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from data.bids import find_subjects
 from data.store import SliceStore
-from data.tissues import LABELS, find_tissues, tissue_slices
+from data.tissues import LABELS, find_lesions, find_tissues, lesion_slices, tissue_slices
 
 
 @pytest.fixture
@@ -53,3 +54,38 @@ def test_a_session_without_all_three_maps_has_no_tissues(segmented):
     store, tree = segmented
     next(tree.rglob("sub-04_label-WM_probseg.nii.gz")).unlink()
     assert list(find_tissues([tree], store.subjects)) == ["heads_sub-05"]
+
+
+def write_lesions(tree, label, name="label-lesion_mask", folder="derivatives/raters"):
+    """Mark the bright spot that the painted heads have in their left (31, 24, 22 mm)."""
+    scan = nib.load(tree / label / "anat" / f"{label}_T2w.nii.gz")
+    points = np.indices(scan.shape).reshape(3, -1)
+    world = scan.affine[:3, :3] @ points + scan.affine[:3, 3:]
+    near = np.linalg.norm((world - [[31], [24], [22]]) / [[10], [8], [9]], axis=0) < 1
+    where = tree / folder / label / "anat"
+    where.mkdir(parents=True, exist_ok=True)
+    marked = nib.Nifti1Image(near.reshape(scan.shape).astype(np.uint8), scan.affine)
+    marked.to_filename(where / f"{label}_{name}.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["label-lesion_mask", "label-L_mask", "space-T1w_label-L_mask"])
+def test_lesions_lie_where_they_are_marked(segmented, name):
+    store, tree = segmented
+    write_lesions(tree, "sub-05", name)
+    found = find_lesions([tree], store.subjects)
+    assert list(found) == ["heads_sub-05"]
+    row = store.subjects[-1]
+    marked = lesion_slices(store, row, *found[row["id"]])
+    t1w, t2w, mask = store.of_subject(row)
+    assert marked.shape == mask.shape and marked.dtype == bool
+    assert mask[marked].all() and marked.sum() * 0.08 == pytest.approx(3.0, rel=0.25)  # ml
+    assert t2w[marked].mean() > t2w[mask].mean() + 0.5
+
+
+def test_masks_of_something_else_are_no_lesions(segmented):
+    store, tree = segmented
+    for name in ("label-ventricle_mask", "space-T2w_label-lesion_mask", "desc-brain_mask"):
+        write_lesions(tree, "sub-05", name)
+    assert find_lesions([tree], store.subjects) == {}
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_lesions([tree / "nowhere"], store.subjects)

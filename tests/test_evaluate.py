@@ -17,6 +17,7 @@ import torch
 from browser import CHROMIUM, open_page
 from commands import TINY, run_command
 from conftest import content
+from painted_lesions import LESIONS, write_lesion_store
 from painted_store import write_store
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -32,7 +33,9 @@ from measuring import Method, copy_input, measure_session
 from models import checkpoint
 from models.baseline import LookUpTable
 from models.features import load_features
-from summary import best_median_worst, contrast_checks
+from summary import (best_median_worst, contrast_checks, lesion_rows, lesion_summary,
+                     lesion_warnings)
+from test_data_tissues import write_lesions
 
 CPU = torch.device("cpu")
 SPLITS = {"train": ["01", "02"], "val": ["03"], "test": ["04", "05", "06_ses-a", "06_ses-b"]}
@@ -306,6 +309,96 @@ def test_warnings_are_printed_and_stand_in_the_report(ckpt, store, results):
         assert warning in html
 
 
+# ------------------------------------------------------------------------------------ lesions
+
+
+def test_lesions_of_each_session_are_told_real_against_translated(tmp_path, unpainted):
+    """Two subjects with lesions and one without."""
+    store = write_lesion_store(tmp_path / "slices", {
+        "train": {"01": ()}, "test": {"02": LESIONS, "03": (), "04": LESIONS[:1]}})
+    run = tmp_path / "run"
+    assert run_command(train.main, "--slices", store.folder, "--run", run, *TINY, "--max-steps", 1,
+                       "--steps-per-epoch", 1).code == 0
+    outcome = evaluated(run / "best.pt", store.folder, tmp_path / "e")
+    assert outcome.code == 0, outcome.err
+    rows = table(tmp_path / "e" / "lesions.csv")
+    assert len(rows) == 2 * 3 * 3  # directions, methods, sessions
+    by_place = {(r["direction"], r["method"], r["id"][-2:]): r for r in rows}
+    for (direction, method, name), r in by_place.items():
+        assert r["n_lesions"] == {"02": 2, "03": 0, "04": 1}[name] and r["found_by"] == "rule"
+        assert (r["kept"] == "") == (name == "03")
+        assert r["ckpt"] == (str(run / "best.pt") if method == "model" else "")
+        assert (r["invented_ml"] == "") == (method == "floor")
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    html = (tmp_path / "e" / "report.html").read_text()
+    assert summary["lesions"]["found_by"] == "rule" and summary["n_subjects"] == 3
+    for direction in DIRECTIONS:
+        for method in ("model", "floor", "table"):
+            found = summary["lesions"][direction][method]
+            assert (found["n_subjects"], found["n_lesions"]) == (2, 3)
+            kept = [by_place[direction, method, name]["kept"] for name in ("02", "04")]
+            assert found["kept"]["mean"] == pytest.approx(np.mean(kept))
+        floor = summary["lesions"][direction]["floor"]
+        assert floor["erased"]["mean"] == 1 and floor["kept"]["mean"] < -0.5
+        r = by_place[direction, "model", "02"]
+        assert f"<td>{r['contrast_translated']:.3f}</td><td>{r['kept']:.2f}</td>" in html
+    assert "<h2>Lesions: real against translated</h2>" in html and "<td>3 (2)</td>" in html
+    erased = [d for d in DIRECTIONS if summary["lesions"][d]["model"]["erased"]["mean"] > 0.5]
+    assert erased  # a net of one step keeps nothing
+    for direction in DIRECTIONS:
+        said = f"warning: {direction}: lesions are mostly erased"
+        assert (said in outcome.out + outcome.err) == (direction in erased)
+
+
+def test_lesions_are_averaged_over_sessions_then_subjects():
+    ids = {"direction": "t1w-to-t2w", "method": "model", "ckpt": "m"}
+    none = {"n_visible": 0, "n_invented": 0, "invented_ml": 0.0, "lesion_ml": 0.0}
+    some = {**none, "n_lesions": 2, "lesion_ml": 1.0, "n_visible": 2, "contrast_real": 0.2,
+            "contrast_translated": 0.1}
+    records = [{**ids, **some, "id": "a_ses-1", "kept": 0.2, "erased": 1.0},
+               {**ids, **some, "id": "a_ses-2", "kept": 0.4, "erased": 0.5},
+               {**ids, **some, "id": "b", "kept": 0.9, "erased": 0.5, "invented_ml": 3.0},
+               {**ids, **none, "id": "c", "n_lesions": 0}]
+    summary = lesion_summary(records, "m", seed=0)
+    found = summary["t1w-to-t2w"]["model"]
+    assert (found["n_subjects"], found["n_lesions"]) == (2, 6) and summary["t2w-to-t1w"] == {}
+    assert found["kept"]["mean"] == pytest.approx((0.3 + 0.9) / 2)
+    assert found["erased"]["mean"] == pytest.approx((0.75 + 0.5) / 2)
+    assert found["invented_ml"]["mean"] == pytest.approx(1.0)  # of all three
+    said, = lesion_warnings(summary)
+    assert said == ("t1w-to-t2w: lesions are mostly erased (62% of them; 60% of their contrast is "
+                    "kept)")
+    titles, row = lesion_rows(summary)
+    assert row[:3] == ["T1w to T2w", "translated", "6 (2)"] and row[6].startswith("0.60 ±")
+    assert len(titles) == len(row)
+    healthy = lesion_summary(records[3:], "m", seed=0)
+    assert "kept" not in healthy["t1w-to-t2w"]["model"] and lesion_warnings(healthy) == []
+    assert lesion_rows(healthy)[1][2:8] == ["0 (0)", "0.00", "", "", "", ""]
+    nothing = lesion_summary([], "m", seed=0)
+    assert lesion_rows(nothing) == [] and lesion_warnings(nothing) == []
+
+
+def test_masks_of_lesions_are_taken_where_they_are_given(trained_on_heads, small_store,
+                                                         segmented_tree, tmp_path, unpainted):
+    write_lesions(segmented_tree, "sub-05")
+    options = ("--lesions", segmented_tree)
+    outcome = evaluated(trained_on_heads, small_store, tmp_path / "e", *options)
+    assert outcome.code == 0, outcome.err
+    rows = table(tmp_path / "e" / "lesions.csv")
+    assert {(r["found_by"], r["n_lesions"]) for r in rows} == {("mask", 1)}
+    floor, = (r for r in rows if r["method"] == "floor" and r["direction"] == "t1w-to-t2w")
+    assert floor["contrast_real"] > 0.2 and floor["kept"] < 0  # dark on T1w
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["lesions"][
+        "found_by"] == "mask"
+    other = evaluated(trained_on_heads, small_store, tmp_path / "v", *options, "--split", "val")
+    assert "lesions measured on 0 of 1 sessions" in other.out
+    assert table(tmp_path / "v" / "lesions.csv") == []
+    assert "Lesions: real" not in (tmp_path / "v" / "report.html").read_text()
+    missing = evaluated(trained_on_heads, small_store, tmp_path / "e", "--lesions",
+                        tmp_path / "nowhere")
+    assert missing.code == 2 and "nowhere" in missing.complaint
+
+
 # -------------------------------------------------------------------------------- the report
 
 
@@ -531,7 +624,8 @@ def test_under_torchrun_all_files_are_the_same_to_the_byte(ckpt, tmp_path, monke
         torch.set_num_threads(threads)
     alone, many = (content(tmp_path / name / "out") for name in ("alone", "many"))
     assert alone == many
-    assert {"summary.json", "subjects.csv", "slices.csv", "report.html"} <= set(alone)
+    assert {"summary.json", "subjects.csv", "slices.csv", "lesions.csv", "report.html"} <= set(
+        alone)
 
 
 # --------------------------------------------------------------------------------- a browser

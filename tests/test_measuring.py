@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from painted_lesions import LESIONS, VOXEL_MM, inside, paint, write_lesion_store
 from painted_store import write_store
 
 import measuring
 from data.store import SliceStore
 from losses import quality, volume_quality
-from measuring import Method, copy_input, figures_of, measure_session, over_slices, select
+from measuring import (Method, RealLesions, copy_input, figures_of, measure_session, over_slices,
+                       select)
 
 CPU = torch.device("cpu")
 N_SLICES = {"01": 2, "04": 12, "05_ses-a": 13, "05_ses-b": 3, "06": 1}
@@ -127,7 +129,7 @@ def test_a_net_never_gets_more_slices_than_the_batch(store):
     ("04", 12, {"psnr_db", "ssim", "slice_consistency"}),
     ("05_ses-b", 3, {"psnr_db", "slice_consistency"}), ("06", 1, {"psnr_db"})])
 def test_a_volume_of_few_slices_lacks_figures_and_has_no_nan(store, name, n, wanted):
-    records, _ = measure_session(store, session(store, name), [BENDING], CPU)
+    records, *_ = measure_session(store, session(store, name), [BENDING], CPU)
     assert len(records) == 2 * (3 * n + 1)
     for r in select(records, protocol="volume"):
         assert set(r) & set(measuring.METRICS) == wanted
@@ -160,7 +162,7 @@ def test_a_translation_that_is_nan_is_refused_by_name_not_left_out(store):
 def test_equal_slices_have_the_largest_psnr_that_can_be_averaged(store):
     t1w, t2w, _ = reals(store, "06")
     perfect = Method("model", {"t1w-to-t2w": lambda real: t2w, "t2w-to-t1w": lambda real: t1w})
-    records, _ = measure_session(store, session(store, "06"), [perfect], CPU)
+    records, *_ = measure_session(store, session(store, "06"), [perfect], CPU)
     assert {r["psnr_db"] for r in records} == {measuring.PSNR_CAP_DB}
 
 
@@ -177,3 +179,73 @@ def test_figures_are_named_by_subject_and_those_that_nobody_has_are_left_out():
 def test_a_subject_is_all_of_its_sessions():
     assert measuring.person("ds01_sub-1_ses-2") == measuring.person("ds01_sub-1") == "ds01_sub-1"
     assert measuring.person("ds01_sub-10") != measuring.person("ds01_sub-1")
+
+
+# ------------------------------------------------------------------------------------- lesions
+
+
+@pytest.fixture(scope="module")
+def diseased(tmp_path_factory):
+    """A store of one brain with lesions and one without."""
+    return write_lesion_store(tmp_path_factory.mktemp("diseased") / "slices",
+                              {"train": {"01": ()}, "test": {"02": LESIONS, "03": ()}})
+
+
+def test_lesions_are_measured_each_way_for_each_method(diseased):
+    row, planted = session(diseased, "02"), paint()[3]
+    bent = Method("model", dict.fromkeys(measuring.DIRECTIONS, lambda real: 0.5 * real), "m")
+    *_, found = measure_session(diseased, row, [bent, copy_input()], CPU, 4,
+                                real_lesions=RealLesions(diseased, row))
+    assert [(r["direction"], r["method"], r["ckpt"]) for r in found] == [
+        ("t1w-to-t2w", "model", "m"), ("t1w-to-t2w", "floor", ""),
+        ("t2w-to-t1w", "model", "m"), ("t2w-to-t1w", "floor", "")]
+    for r, copied, real in zip(found, (-0.25,) * 2 + (0.3,) * 2, (0.3,) * 2 + (-0.25,) * 2):
+        assert (r["id"], r["found_by"], r["n_lesions"]) == ("painted_sub-02", "rule", 2)
+        assert r["lesion_ml"] == pytest.approx(planted.sum() * np.prod(VOXEL_MM) / 1000, rel=0.2)
+        assert r["contrast_real"] == pytest.approx(real, abs=0.02) and r["erased"] == 1
+        strength = 0.5 if r["method"] == "model" else 1
+        assert r["kept"] == pytest.approx(-strength * abs(copied / real), abs=0.05)
+        assert ("n_invented" in r) == (r["method"] == "model")
+    assert measure_session(diseased, row, [bent], CPU)[2] == []
+
+
+def test_a_perfect_translation_keeps_the_lesions_and_an_erasing_one_does_not(diseased):
+    t1w, t2w, _ = reals(diseased, "02")
+    planted = torch.from_numpy(paint()[3])[:, None]
+    real = RealLesions(diseased, session(diseased, "02"))
+    for direction, perfect, white in (("t1w-to-t2w", t2w, 0.3), ("t2w-to-t1w", t1w, 0.8)):
+        r = real.measure(direction, perfect, "model")
+        assert r["kept"] == pytest.approx(1) and r["erased"] == 0
+        assert (r["n_lesions"], r["n_visible"], r["n_invented"], r["invented_ml"]) == (2, 2, 0, 0)
+        r = real.measure(direction, torch.where(planted, 2 * white - 1, perfect), "model")
+        assert r["kept"] == pytest.approx(0, abs=0.05) and r["erased"] == 1
+        assert r["n_invented"] == 0
+
+
+def test_an_invented_lesion_is_counted_in_a_brain_that_has_none(diseased):
+    _, t2w, _ = reals(diseased, "03")
+    real = RealLesions(diseased, session(diseased, "03"))
+    spot = torch.from_numpy(inside((5, 62, 30), 6))[:, None]
+    found = real.measure("t1w-to-t2w", torch.where(spot, 0.2, t2w), "model")
+    assert found == {"found_by": "rule", "n_lesions": 0, "lesion_ml": 0, "n_visible": 0,
+                     "n_invented": 1,
+                     "invented_ml": pytest.approx(float(spot.sum()) * 0.00675, rel=0.15)}
+    assert "kept" not in found  # not 0 of 0
+    assert real.measure("t1w-to-t2w", t2w, "model")["n_invented"] == 0
+
+
+def test_a_given_mask_is_taken_for_the_rules_lesions(diseased):
+    t1w, t2w, _ = reals(diseased, "02")
+    given = inside(*LESIONS[1])
+    real = RealLesions(diseased, session(diseased, "02"), given)
+    found = real.measure("t1w-to-t2w", t2w, "model")
+    assert (found["found_by"], found["n_lesions"], found["n_invented"]) == ("mask", 1, 0)
+    assert found["lesion_ml"] == pytest.approx(given.sum() * np.prod(VOXEL_MM) / 1000)
+    none = RealLesions(diseased, session(diseased, "02"), np.zeros_like(given))
+    assert none.measure("t1w-to-t2w", t2w, "model")["n_lesions"] == 0
+
+
+def test_without_the_distance_of_slices_it_is_that_of_pixels(diseased):
+    row = {**session(diseased, "02"), "slice_spacing_mm": ""}
+    assert RealLesions(diseased, row).voxel_mm == (1.5, 1.5, 1.5)
+    assert RealLesions(diseased, session(diseased, "02")).voxel_mm == VOXEL_MM

@@ -98,11 +98,11 @@ STATE = {"step": 9, "slices_seen": 18, "config": {"lambda_cycle": 10.0, "lr": 0.
                            "subjects": {"train": ["a", "b"], "val": [], "test": ["c"]}}}
 
 
-def build(pictures=(), alarms=(), differences=()):
+def build(pictures=(), alarms=(), differences=(), lesions=((), ())):
     names = ("subjects", "slices_t1w-to-t2w", "slices_t2w-to-t1w", "histograms", *pictures)
     return evaluation_page(SUMMARY, {"In the brain": [["method", "SSIM"], ["floor", "0.4"]]},
                            {name: figures.Picture(name.encode(), b"") for name in names}, [],
-                           STATE, alarms, differences)
+                           STATE, alarms, differences, lesions)
 
 
 def test_the_page_says_of_what_it_is_and_what_was_wrong():
@@ -136,3 +136,13 @@ def test_checkpoints_are_compared_only_where_there_are_several():
                  differences=[["checkpoint", "p"], ["b.pt", "0.04"]])
     part = html[html.index("Comparison of checkpoints"):html.index("All slices of a subject")]
     assert len(re.findall("<img", part)) == 2 and "<td>b.pt</td><td>0.04</td>" in part
+
+
+def test_lesions_have_a_table_of_subjects_and_one_of_sessions_that_opens():
+    assert "Lesions: real" not in build()
+    html = build(lesions=([["direction", "kept"], ["T1w to T2w", "0.34"]],
+                          [["session", "kept"], ["sub-01", "0.12"]]))
+    part = html[html.index("Lesions: real against translated"):html.index("Distance between sets")]
+    first, second = part.split("<details>")
+    assert "<td>0.34</td>" in first and "<td>sub-01</td><td>0.12</td>" in second
+    assert "a rule of thumb" in second and "below 0 it is turned round" in second
