@@ -81,8 +81,8 @@ def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
         pattern = float(np.mean(traces)) if traces else None
         if pattern is not None and pattern > CHECKERBOARD:
             warnings.append(f"{direction}: the upsampling leaves a checkerboard (spectral peaks "
-                            f"of 2 and 4 pixels {pattern:.2f} of real slices'); train.py has "
-                            "--upsample nearest")
+                            f"of 2 and 4 pixels {pattern:.2f} times those of real slices); "
+                            "train.py has --upsample nearest")
         checks[direction] = {"correlation": agreement, "copy_ratio": ratio,
                              "checkerboard": pattern, "warnings": warnings}
     return checks

@@ -261,7 +261,7 @@ def test_a_net_that_leaves_checkerboards_is_found_out(store):
     for direction, check in contrast_checks(records, "m").items():
         said, = check["warnings"]
         assert f"{direction}: the upsampling leaves a checkerboard" in said
-        assert check["checkerboard"] > 1.5 and f"{check['checkerboard']:.2f} of real" in said
+        assert check["checkerboard"] > 1.5 and f"{check['checkerboard']:.2f} times those" in said
     without = [{k: v for k, v in r.items() if k != "checkerboard"} for r in records]
     assert contrast_checks(without, "m")["t1w-to-t2w"]["checkerboard"] is None
     assert not warnings_of(without)["t1w-to-t2w"]
@@ -344,7 +344,6 @@ def test_lesions_of_each_session_are_told_real_against_translated(tmp_path, unpa
         assert f"<td>{r['contrast_translated']:.3f}</td><td>{r['kept']:.2f}</td>" in html
     assert "<h2>Lesions: real against translated</h2>" in html and "<td>3 (2)</td>" in html
     erased = [d for d in DIRECTIONS if summary["lesions"][d]["model"]["erased"]["mean"] > 0.5]
-    assert erased  # a net of one step keeps nothing
     for direction in DIRECTIONS:
         said = f"warning: {direction}: lesions are mostly erased"
         assert (said in outcome.out + outcome.err) == (direction in erased)
@@ -582,7 +581,7 @@ def test_the_ceiling_is_a_row_that_is_trained_once(ckpt, store, tmp_path, unpain
     summary = json.loads((out / "summary.json").read_text())
     nets = checkpoint.load_generators(checkpoint.load(out / "ceiling.pt"))
     person, = (s for s in store.subjects if s["id"] == "painted_sub-04")
-    records, _ = measure_session(store, person, [Method("ceiling", dict(zip(DIRECTIONS, nets)))],
+    records, *_ = measure_session(store, person, [Method("ceiling", dict(zip(DIRECTIONS, nets)))],
                                  CPU)
     wanted = np.mean([r["ssim"] for r in records if r["direction"] == "t1w-to-t2w"
                       and r["protocol"] == "brain"])
