@@ -71,9 +71,11 @@ def find_candidates(t1w: np.ndarray, t2w: np.ndarray, mask: np.ndarray,
     it is brighter than the median of T1w (white matter, mostly) and they are 1.75 SDs brighter than
     it on T2w.
 
-    Chosen by eye on seven real heads: it has both gliomas and most plaques of sub-ms19 and
-    sub-msp03 that lie in white matter, and none near the cortex (sub-ms07); a few pieces of grey
-    matter at the midline and of the hippocampus come along.
+    Chosen by eye on seven real heads: it has both gliomas (sub-tcga6692, sub-tcga7294) and most
+    plaques of sub-ms19 and sub-msp03 that lie in white matter, but none near the cortex
+    (sub-ms07). Healthy tissue comes along: hippocampus, the midline, the sides of the midbrain, the
+    edge of a ventricle between thick slices. All that it has of sub-ms07, sub-msp01 and sub-msp04
+    is of that kind, 0.1 to 0.3 ml each.
 
     Parameters
     ----------

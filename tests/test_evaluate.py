@@ -582,7 +582,7 @@ def test_the_ceiling_is_a_row_that_is_trained_once(ckpt, store, tmp_path, unpain
     nets = checkpoint.load_generators(checkpoint.load(out / "ceiling.pt"))
     person, = (s for s in store.subjects if s["id"] == "painted_sub-04")
     records, *_ = measure_session(store, person, [Method("ceiling", dict(zip(DIRECTIONS, nets)))],
-                                 CPU)
+                                  CPU)
     wanted = np.mean([r["ssim"] for r in records if r["direction"] == "t1w-to-t2w"
                       and r["protocol"] == "brain"])
     found, = (r["ssim"] for r in table(out / "subjects.csv") if r["id"] == "painted_sub-04"
