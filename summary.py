@@ -204,14 +204,18 @@ def table(summary: dict[str, Any], protocols: Sequence[str], metrics: Sequence[s
 
 def lesion_rows(summary: dict[str, Any]) -> list[list[str]]:
     """`lesion_summary` as lines of text, column titles first; [] without lesions measured."""
-    rows = [["direction", "method", "lesions (subjects)", "volume (ml)", "real contrast",
-             "translated", "kept", "erased", "invented (ml)"]]
+    rows = [["direction", "method", "lesions (subjects)", "contrast, real to translated", "kept",
+             "erased", "invented (ml)"]]
     for direction in DIRECTIONS:
         for method, found in summary[direction].items():
-            cells = [spread_text(found[name], n, "\n") if name in found else ""
-                     for name, n in LESION_DIGITS.items()]
+            contrasts = [f"{found[name]['mean']:.3f}" for name in
+                         ("contrast_real", "contrast_translated") if name in found]
+            cells = [spread_text(found[name], LESION_DIGITS[name], "\n") if name in found else ""
+                     for name in ("kept", "erased", "invented_ml")]
             rows.append([direction_text(direction), METHODS[method],
-                         f"{found['n_lesions']} ({found['n_subjects']})", *cells])
+                         f"{found['n_lesions']} ({found['n_subjects']})\n"
+                         f"{found['lesion_ml']['mean']:.2f} ml a subject",
+                         " to ".join(contrasts), *cells])
     return rows if len(rows) > 1 else []
 
 

@@ -342,7 +342,7 @@ def test_lesions_of_each_session_are_told_real_against_translated(tmp_path, unpa
         assert floor["erased"]["mean"] == 1 and floor["kept"]["mean"] < -0.5
         r = by_place[direction, "model", "02"]
         assert f"<td>{r['contrast_translated']:.3f}</td><td>{r['kept']:.2f}</td>" in html
-    assert "<h2>Lesions: real against translated</h2>" in html and "<td>3 (2)</td>" in html
+    assert "<h2>Lesions: real against translated</h2>" in html and "<td>3 (2)<br>" in html
     erased = [d for d in DIRECTIONS if summary["lesions"][d]["model"]["erased"]["mean"] > 0.5]
     for direction in DIRECTIONS:
         said = f"warning: {direction}: lesions are mostly erased"
@@ -368,11 +368,12 @@ def test_lesions_are_averaged_over_sessions_then_subjects():
     assert said == ("t1w-to-t2w: lesions are mostly erased (62% of them; 60% of their contrast is "
                     "kept)")
     titles, row = lesion_rows(summary)
-    assert row[:3] == ["T1w to T2w", "translated", "6 (2)"] and row[6].startswith("0.60 ±")
+    assert row[:4] == ["T1w to T2w", "translated", "6 (2)\n0.67 ml a subject", "0.200 to 0.100"]
+    assert row[4].startswith("0.60 ±") and row[5].startswith("0.62 ±")
     assert len(titles) == len(row)
     healthy = lesion_summary(records[3:], "m", seed=0)
     assert "kept" not in healthy["t1w-to-t2w"]["model"] and lesion_warnings(healthy) == []
-    assert lesion_rows(healthy)[1][2:8] == ["0 (0)", "0.00", "", "", "", ""]
+    assert lesion_rows(healthy)[1][2:] == ["0 (0)\n0.00 ml a subject", "", "", "", "0.00"]
     nothing = lesion_summary([], "m", seed=0)
     assert lesion_rows(nothing) == [] and lesion_warnings(nothing) == []
 
