@@ -102,7 +102,8 @@ class Paired:
             raise ValueError(f"{store.folder}: its train split has {len(self._rows)} slices, the "
                              f"ceiling needs {self._batch} a step")
         self._nets = torch.nn.ModuleDict({
-            name: ResnetGenerator(c["features"], c["blocks"], c["upsample"]) for name in "GF"})
+            name: ResnetGenerator(c["features"], c["blocks"], c["upsample"],
+                                  c.get("keep_background", False)) for name in "GF"})
         init_weights(self._nets, torch.Generator().manual_seed(c["seed"]))
         self._nets.to(device)
         self._ema = EMA({name: self._nets[name] for name in "GF"}, c["ema"])

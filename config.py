@@ -30,11 +30,12 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
 # What a checkpoint that knows nothing of an option was trained with.
-BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "disturb": 0.0}
+BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "disturb": 0.0, "keep_background": False}
 # `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
 # half of the cycle's)
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0}}
+    "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0,
+                             "keep_background": False, "deform": 0.0, "disturb": 0.0}}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TrainConfig:
     features: int = 64
     blocks: int = 0
     upsample: str = "transpose"
+    keep_background: bool = True
     gan_loss: str = "lsgan"
     lambda_cycle: tuple[float, float] = (10.0, 10.0)
     lambda_identity: float = 0.1
@@ -97,6 +99,7 @@ HELP = {
         "features": "channels after the first layer of each net",
         "blocks": "residual blocks of a generator (0: 9 above 128 pixels, else 6)",
         "upsample": "transposed convolution (the paper) or nearest neighbour, then convolution",
+        "keep_background": "G and F give background where their input has it, and nowhere else",
     },
     "loss": {
         "gan_loss": "least squares, log form of eq. 1, or hinge",

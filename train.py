@@ -90,7 +90,8 @@ class Training:
                  quantiles: dict[str, np.ndarray] | None = None):
         self.config, self.process = config, process
         self.steps_per_epoch, self.preprocessing = steps_per_epoch, preprocessing or {}
-        nets = CycleGAN(config.features, config.blocks, config.upsample)
+        nets = CycleGAN(config.features, config.blocks, config.upsample,
+                        config.keep_background)
         init_weights(nets, torch.Generator().manual_seed(config.seed))
         self.nets = nets.to(process.device)
         self.ema = EMA(self.nets, config.ema)

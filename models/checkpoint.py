@@ -115,7 +115,8 @@ def load_generators(state: dict[str, Any],
     nets = []
     for name in ("G", "F"):
         with torch.device("meta"):  # no first weights are drawn, they would be thrown away
-            net = ResnetGenerator(config["features"], config["blocks"], config["upsample"])
+            net = ResnetGenerator(config["features"], config["blocks"], config["upsample"],
+                                  config.get("keep_background", False))
         try:
             net.load_state_dict(state["ema"][name], assign=True)
         except (RuntimeError, KeyError) as error:

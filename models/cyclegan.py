@@ -23,13 +23,15 @@ class CycleGAN(nn.Module):
     features : channels after the first layer of each net; 64 in the paper.
     blocks : residual blocks of each generator.
     upsample : "transpose" (the paper) or "nearest".
+    keep_background : of the generators, see there.
     """
 
-    def __init__(self, features: int = 64, blocks: int = 6, upsample: str = "transpose") -> None:
+    def __init__(self, features: int = 64, blocks: int = 6, upsample: str = "transpose",
+                 keep_background: bool = False) -> None:
         super().__init__()
         # Typed as plain modules: training puts DDP or compiled wrappers in their places.
-        self.G: nn.Module = ResnetGenerator(features, blocks, upsample)
-        self.F: nn.Module = ResnetGenerator(features, blocks, upsample)
+        self.G: nn.Module = ResnetGenerator(features, blocks, upsample, keep_background)
+        self.F: nn.Module = ResnetGenerator(features, blocks, upsample, keep_background)
         self.D_X: nn.Module = PatchDiscriminator(features)
         self.D_Y: nn.Module = PatchDiscriminator(features)
 

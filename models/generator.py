@@ -10,6 +10,7 @@ from torch.nn import functional as nnf
 from models import one_channel
 
 UPSAMPLING = ("transpose", "nearest")
+DARKEST = -1 + 1e-3  # of a translated brain, where the background is kept at exactly -1
 
 
 def default_blocks(size: int) -> int:
@@ -135,6 +136,8 @@ class ResnetGenerator(nn.Module):
     features : channels after the first layer; 64 in the paper.
     blocks : number of residual blocks, see `default_blocks`.
     upsample : "transpose" (the paper) or "nearest", see `u`.
+    keep_background : give background (exactly -1) where the input has it, and nowhere else. Not in
+        the paper; the nets then need not learn where a head ends (benchmarks/RECIPES.md).
 
     Raises
     ------
@@ -142,13 +145,15 @@ class ResnetGenerator(nn.Module):
         If `upsample` is neither, or `features` or `blocks` is below 1.
     """
 
-    def __init__(self, features: int = 64, blocks: int = 6, upsample: str = "transpose") -> None:
+    def __init__(self, features: int = 64, blocks: int = 6, upsample: str = "transpose",
+                 keep_background: bool = False) -> None:
         super().__init__()
         if upsample not in UPSAMPLING:
             raise ValueError(f"upsample is {upsample!r}; choose one of {', '.join(UPSAMPLING)}")
         if features < 1 or blocks < 1:
             raise ValueError(f"features ({features}) and blocks ({blocks}) must be at least 1")
         k = features
+        self.keep_background = keep_background
         self.encode = nn.Sequential(c7s1(1, k), d(k, 2 * k), d(2 * k, 4 * k))
         self.transform = nn.Sequential(*(R(4 * k) for _ in range(blocks)))
         self.decode = nn.Sequential(u(4 * k, 2 * k, upsample), u(2 * k, k, upsample))
@@ -174,7 +179,10 @@ class ResnetGenerator(nn.Module):
         features = self.decode(self.transform(self.encode(slices)))
         # tanh in float32: near the background (-1) half precision has too few levels left.
         out = self.to_slice(features)
-        return torch.tanh(out.to(torch.promote_types(out.dtype, torch.float32)))
+        out = torch.tanh(out.to(torch.promote_types(out.dtype, torch.float32)))
+        if self.keep_background:
+            out = torch.where(slices <= -1, -1.0, out.clamp(min=DARKEST))
+        return out
 
 
 def check_slices(slices: Tensor) -> None:

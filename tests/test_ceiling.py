@@ -142,7 +142,7 @@ def test_it_learns_what_belongs_together(store, tmp_path):
 
     def ssim(translators):
         with torch.no_grad():
-            records, _ = measure_session(store, store.subjects[-1], [
+            records, *_ = measure_session(store, store.subjects[-1], [
                 Method("ceiling", dict(zip(DIRECTIONS, translators)))], CPU)
         return [next(select(over_slices(records), direction=d, protocol="brain"))["ssim"]
                 for d in DIRECTIONS]

@@ -89,6 +89,33 @@ def test_a_residual_block_whose_convolutions_are_zero_changes_nothing():
     assert torch.equal(block(features), features)
 
 
+def test_background_is_kept_exactly_and_nothing_else_becomes_background():
+    kept = ResnetGenerator(features=4, blocks=2, keep_background=True)
+    init_weights(kept, torch.Generator().manual_seed(1))
+    plain = small_generator()
+    slices = random_slices(2, 1, 32, 32)
+    slices[:, :, :, :9] = -1
+    slices[0, 0, 20, 20] = -1
+    torch.testing.assert_close(kept(slices)[slices > -1], plain(slices)[slices > -1])
+    assert bool((kept(slices)[slices == -1] == -1).all()) and plain(slices)[0, 0, 5, 4] > -0.9
+    with torch.no_grad():
+        kept.to_slice.bias -= 100  # as dark as tanh can be
+    found = kept(slices)
+    assert torch.equal(found == -1, slices == -1)
+    assert torch.equal(kept(found) == -1, slices == -1)  # on the way back, too
+    assert kept(slices * float("nan")).isnan().all()
+
+
+def test_no_gradient_comes_from_background_that_is_kept():
+    net = ResnetGenerator(features=4, blocks=1, keep_background=True)
+    slices = random_slices(1, 1, 16, 16)
+    slices[..., 8:] = -1
+    (net(slices) * (slices == -1)).sum().backward()
+    assert all(float(p.grad.abs().sum()) == 0 for p in net.parameters())
+    net(slices).sum().backward()
+    assert float(net.to_slice.weight.grad.abs().sum()) > 0
+
+
 def test_slices_of_a_batch_do_not_influence_each_other():
     net, slices = small_generator(), random_slices(3, 1, 16, 16)
     together = net(slices)
