@@ -1,5 +1,6 @@
-"""Brains with ventricles, a fluid rim and planted lesions, painted into arrays and stores."""
+"""Brains with planted lesions, painted into arrays and stores; lesion masks of painted heads."""
 
+import nibabel as nib
 import numpy as np
 from painted_store import HEADER
 
@@ -58,3 +59,15 @@ def write_lesion_store(folder, splits):
     pack(folder, {**HEADER, "size": SHAPE[1], "spacing_mm": VOXEL_MM[1]}, rows, {},
          {row["id"] for row in rows})
     return SliceStore(folder)
+
+
+def write_lesions(tree, label, name="label-lesion_mask", folder="derivatives/raters"):
+    """Mark the bright spot that the painted heads have in their left (31, 24, 22 mm)."""
+    scan = nib.load(tree / label / "anat" / f"{label}_T2w.nii.gz")
+    points = np.indices(scan.shape).reshape(3, -1)
+    world = scan.affine[:3, :3] @ points + scan.affine[:3, 3:]
+    near = np.linalg.norm((world - [[31], [24], [22]]) / [[10], [8], [9]], axis=0) < 1
+    where = tree / folder / label / "anat"
+    where.mkdir(parents=True, exist_ok=True)
+    marked = nib.Nifti1Image(near.reshape(scan.shape).astype(np.uint8), scan.affine)
+    marked.to_filename(where / f"{label}_{name}.nii.gz")

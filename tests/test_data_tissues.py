@@ -2,9 +2,9 @@
 
 import shutil
 
-import nibabel as nib
 import numpy as np
 import pytest
+from painted_lesions import write_lesions
 
 from data.bids import find_subjects
 from data.store import SliceStore
@@ -54,18 +54,6 @@ def test_a_session_without_all_three_maps_has_no_tissues(segmented):
     store, tree = segmented
     next(tree.rglob("sub-04_label-WM_probseg.nii.gz")).unlink()
     assert list(find_tissues([tree], store.subjects)) == ["heads_sub-05"]
-
-
-def write_lesions(tree, label, name="label-lesion_mask", folder="derivatives/raters"):
-    """Mark the bright spot that the painted heads have in their left (31, 24, 22 mm)."""
-    scan = nib.load(tree / label / "anat" / f"{label}_T2w.nii.gz")
-    points = np.indices(scan.shape).reshape(3, -1)
-    world = scan.affine[:3, :3] @ points + scan.affine[:3, 3:]
-    near = np.linalg.norm((world - [[31], [24], [22]]) / [[10], [8], [9]], axis=0) < 1
-    where = tree / folder / label / "anat"
-    where.mkdir(parents=True, exist_ok=True)
-    marked = nib.Nifti1Image(near.reshape(scan.shape).astype(np.uint8), scan.affine)
-    marked.to_filename(where / f"{label}_{name}.nii.gz")
 
 
 @pytest.mark.parametrize("name", ["label-lesion_mask", "label-L_mask", "space-T1w_label-L_mask"])

@@ -17,7 +17,7 @@ import torch
 from browser import CHROMIUM, open_page
 from commands import TINY, run_command
 from conftest import content
-from painted_lesions import LESIONS, write_lesion_store
+from painted_lesions import LESIONS, write_lesion_store, write_lesions
 from painted_store import write_store
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -35,7 +35,6 @@ from models.baseline import LookUpTable
 from models.features import load_features
 from summary import (best_median_worst, contrast_checks, lesion_rows, lesion_summary,
                      lesion_warnings)
-from test_data_tissues import write_lesions
 
 CPU = torch.device("cpu")
 SPLITS = {"train": ["01", "02"], "val": ["03"], "test": ["04", "05", "06_ses-a", "06_ses-b"]}
