@@ -30,12 +30,14 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
 # What a checkpoint that knows nothing of an option was trained with.
-BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "disturb": 0.0, "keep_background": False}
+BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "disturb": 0.0, "keep_background": False,
+                    "lambda_structure": 0.0}
 # `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
 # half of the cycle's)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0,
-                             "keep_background": False, "deform": 0.0, "disturb": 0.0}}
+                             "keep_background": False, "deform": 0.0, "disturb": 0.0,
+                             "lambda_structure": 0.0}}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class TrainConfig:
     gan_loss: str = "lsgan"
     lambda_cycle: tuple[float, float] = (10.0, 10.0)
     lambda_identity: float = 0.1
+    lambda_structure: float = 0.5
     lambda_start: float = 10.0
     start_pairs: int = 500
     history_size: int = 50
@@ -105,6 +108,8 @@ HELP = {
         "gan_loss": "least squares, log form of eq. 1, or hinge",
         "lambda_cycle": "weight of the cycle loss of T1w and of T2w (one number serves both)",
         "lambda_identity": "weight of the identity loss",
+        "lambda_structure": "weight of the structure loss: edges of a translation that its input "
+                            "does not have, or the other way round",
         "lambda_start": "weight of the distance to a first guess, the histogram in reversed order",
         "start_pairs": "slice pairs over which that weight falls to 0 (0: no first guess)",
         "history_size": "generated slices kept for the discriminators, in each process (0: off)",
@@ -236,8 +241,8 @@ def _check_config(c: TrainConfig) -> None:
     """Refuse what would fail later, or never end."""
     least = {"epochs": 0, "epochs_decay": 0, "steps_per_epoch": 0, "max_steps": 0, "batch_size": 1,
              "features": 1, "blocks": 0, "history_size": 0, "workers": 0, "log_every": 1, "seed": 0,
-             "keep_best": 0, "lambda_identity": 0, "lambda_start": 0, "start_pairs": 0,
-             "deform": 0, "disturb": 0, "save_minutes": 0}
+             "keep_best": 0, "lambda_identity": 0, "lambda_structure": 0, "lambda_start": 0,
+             "start_pairs": 0, "deform": 0, "disturb": 0, "save_minutes": 0}
     for name, low in least.items():
         if not low <= getattr(c, name) < math.inf:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least {low}")

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from losses.adversarial import discriminator_loss, generator_loss, rightly_judged
 from losses.consistency import cycle_loss, identity_loss
 from losses.start import start_loss, turned
+from losses.structure import structure_loss
 
 if TYPE_CHECKING:
     from config import TrainConfig
     from train import Training
 
-TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "D_X", "D_Y")
+TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "structure_x", "structure_y",
+         "D_X", "D_Y")
 NETS = ("G", "F", "D_X", "D_Y")
 # Watched beside the terms: shares of patches that D judges rightly, norms of the gradients, and
 # whether fp16 skipped an update.
@@ -38,7 +40,7 @@ WARM_UPS = 3  # updates before a graph is recorded: compilation and the optimise
 def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     """One update from slices (N, 1, H, W) in [-1, 1], and the counters after it.
 
-    Returns the unweighted terms in the order of `TERMS`, then what `WATCHED` names, (17,) float32,
+    Returns the unweighted terms in the order of `TERMS`, then what `WATCHED` names, (19,) float32,
     without waiting for a GPU.
     """
     rate = t.learning_rate
@@ -74,7 +76,7 @@ def update(t: Training, real_x: Tensor, real_y: Tensor, given_x: Tensor, given_y
     n = len(real_x)
     with_identity = c.lambda_identity > 0
 
-    # G and F: fool D, come back, leave the target domain alone (eq. 3 with sec. 5.2).
+    # G and F: fool D, come back, leave the target domain alone (eq. 3 with sec. 5.2), keep edges.
     t.optimizers["generators"].zero_grad(set_to_none=True)
     with t.autocast():
         # one pass for translation and identity: instance norm keeps the slices of a batch apart
@@ -86,11 +88,14 @@ def update(t: Training, real_x: Tensor, real_y: Tensor, given_x: Tensor, given_y
     gan_g, gan_f = (generator_loss(scores, c.gan_loss) for scores in (scores_y, scores_x))
     cycle_x, cycle_y = cycle_loss(real_x, cycled_x), cycle_loss(real_y, cycled_y)
     loss = gan_g + gan_f + c.lambda_cycle[0] * cycle_x + c.lambda_cycle[1] * cycle_y
-    identity_x = identity_y = torch.zeros((), device=real_x.device)
+    identity_x = identity_y = structure_x = structure_y = torch.zeros((), device=real_x.device)
     if with_identity:
         identity_x = identity_loss(real_x, from_y[n:])
         identity_y = identity_loss(real_y, from_x[n:])
         loss = loss + c.lambda_identity * (identity_x + identity_y)
+    if c.lambda_structure > 0:  # of the T1w and the T2w that were translated
+        structure_x, structure_y = structure_loss(real_x, fake_y), structure_loss(real_y, fake_x)
+        loss = loss + c.lambda_structure * (structure_x + structure_y)
     if isinstance(start_weight, Tensor) or start_weight > 0:
         guess_y = turned(real_x, t.quantiles["t1w"], t.quantiles["t2w"])
         guess_x = turned(real_y, t.quantiles["t2w"], t.quantiles["t1w"])
@@ -116,8 +121,9 @@ def update(t: Training, real_x: Tensor, real_y: Tensor, given_x: Tensor, given_y
     t.ema.move(ema_weight)
     right = [*rightly_judged(on_x[:n], on_x[n:], c.gan_loss),
              *rightly_judged(on_y[:n], on_y[n:], c.gan_loss)]
-    return torch.stack([gan_g, gan_f, cycle_x, cycle_y, identity_x, identity_y, loss_d_x, loss_d_y,
-                        *right, *norms_g, *norms_d, (skipped_g + skipped_d) / 2]).detach()
+    return torch.stack([gan_g, gan_f, cycle_x, cycle_y, identity_x, identity_y, structure_x,
+                        structure_y, loss_d_x, loss_d_y, *right, *norms_g, *norms_d,
+                        (skipped_g + skipped_d) / 2]).detach()
 
 
 def _gradient_norms(t: Training, optimizer: str,

@@ -594,7 +594,7 @@ def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLo
     bar = tqdm(total=last_step, initial=t.step, unit="step",
                disable=None if process.is_main else True)
     weights = {"lambda_cycle_x": c.lambda_cycle[0], "lambda_cycle_y": c.lambda_cycle[1],
-               "lambda_identity": c.lambda_identity}
+               "lambda_identity": c.lambda_identity, "lambda_structure": c.lambda_structure}
     saved_at = time.monotonic()
     stopped = False
 

@@ -41,6 +41,7 @@ from data.slices import UnpairedBatches
 from data.store import SliceStore
 from device import Process, start_process
 from losses.history import ImageHistory
+from losses.structure import structure_loss
 from models import checkpoint
 from train import TERMS, WATCHED, Training, train_step
 
@@ -103,7 +104,7 @@ def same(a, b, at=""):
 class Textbook:
     """The update of Zhu et al. 2017 a line a term, every forward on its own, plain Adam."""
 
-    def __init__(self, nets, lambda_identity, history, lr=2e-4):
+    def __init__(self, nets, lambda_identity, history, lr=2e-4, lambda_structure=0.5):
         self.G, self.F, self.D_X, self.D_Y = (copy.deepcopy(net) for net in
                                               (nets.G, nets.F, nets.D_X, nets.D_Y))
         self.generators = [*self.G.parameters(), *self.F.parameters()]
@@ -111,6 +112,7 @@ class Textbook:
         self.adam_g = torch.optim.Adam(self.generators, lr, (0.5, 0.999))
         self.adam_d = torch.optim.Adam(self.discriminators, lr, (0.5, 0.999))
         self.lambda_identity, self.history = lambda_identity, history
+        self.lambda_structure = lambda_structure
 
     def step(self, x, y, given=None):
         """Returns the terms in the order of `TERMS`; the gradients stay in the parameters.
@@ -129,6 +131,11 @@ class Textbook:
         if self.lambda_identity:
             same_x, same_y = l1(self.F(given_x), x), l1(self.G(given_y), y)
             loss = loss + self.lambda_identity * (same_x + same_y)
+        kept_x = kept_y = torch.zeros(())
+        if self.lambda_structure:
+            kept_x = structure_loss(x, self.G(given_x))
+            kept_y = structure_loss(y, self.F(given_y))
+            loss = loss + self.lambda_structure * (kept_x + kept_y)
         fake_y, fake_x = self.G(given_x).detach(), self.F(given_y).detach()
         self._update(self.adam_g, self.generators, loss)
 
@@ -136,7 +143,7 @@ class Textbook:
         d_x = (((self.D_X(x) - 1) ** 2).mean() + (self.D_X(old_x) ** 2).mean()) / 2
         d_y = (((self.D_Y(y) - 1) ** 2).mean() + (self.D_Y(old_y) ** 2).mean()) / 2
         self._update(self.adam_d, self.discriminators, d_x + d_y)
-        return [gan_g, gan_f, cycle_x, cycle_y, same_x, same_y, d_x, d_y]
+        return [gan_g, gan_f, cycle_x, cycle_y, same_x, same_y, kept_x, kept_y, d_x, d_y]
 
     @staticmethod
     def _update(adam, parameters, loss):
@@ -146,11 +153,13 @@ class Textbook:
         adam.step()
 
 
-@pytest.mark.parametrize("lambda_identity", [0.1, 0.0, 5.0])
+@pytest.mark.parametrize("lambda_identity, lambda_structure",
+                         [(0.1, 0.5), (0.1, 0.0), (0.0, 0.0), (5.0, 3.0)])
 @pytest.mark.parametrize("n", [1, 3])
-def test_one_step_is_the_textbooks_step(lambda_identity, n):
-    t = alone(replace(CONFIG, lambda_identity=lambda_identity))
-    book = Textbook(t.nets, lambda_identity, {k: ImageHistory(50) for k in "xy"})
+def test_one_step_is_the_textbooks_step(lambda_identity, lambda_structure, n):
+    t = alone(replace(CONFIG, lambda_identity=lambda_identity, lambda_structure=lambda_structure))
+    book = Textbook(t.nets, lambda_identity, {k: ImageHistory(50) for k in "xy"},
+                    lambda_structure=lambda_structure)
     real_x, real_y = draw_slices(n)
     terms = train_step(t, real_x, real_y)[:len(TERMS)]
     wanted = book.step(real_x, real_y)
