@@ -327,7 +327,9 @@ class Training:
                 if state["history"][rank][name]["size"] == pool.size:
                     pool.load_state_dict(state["history"][rank][name])
             set_random_state(state["rng"][rank])
-        if state["sampler"]["world"] == self.process.world:
+        counted = state["sampler"]["sums"][rank:rank + 1]
+        # an older version knew fewer terms
+        if state["sampler"]["world"] == self.process.world and len(counted[0]) == len(self.sums):
             for sums in ("sums", "epoch_sums"):
                 getattr(self, sums).copy_(state["sampler"][sums][rank])
             self.counted = state["sampler"]["counted"]

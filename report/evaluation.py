@@ -61,6 +61,7 @@ def whose(split: str) -> str:
 CURVES = {"losses": ("loss", ("G", "F", "D_X", "D_Y")),
           "cycle and identity losses": ("loss", ("cycle_x", "cycle_y", "identity_x",
                                                  "identity_y")),
+          "structure losses": ("loss", ("structure_x", "structure_y")),
           "validation SSIM (brain)": ("validation", ("t2w_ssim", "t1w_ssim")),
           "validation PSNR (dB, brain)": ("validation", ("t2w_psnr_db", "t1w_psnr_db"))}
 

@@ -710,6 +710,8 @@ def test_a_checkpoint_from_before_an_option_goes_on_without_it(run, tmp_path):
     state = checkpoint.load(tmp_path / "run" / "last.pt", resume=True)
     for name in ("deform", "start_pairs"):
         del state["config"][name]
+    for sums in ("sums", "epoch_sums"):  # of fewer terms than now
+        state["sampler"][sums] = [part[:-2] for part in state["sampler"][sums]]
     checkpoint.save(tmp_path / "run" / "last.pt", state)
     outcome = run("--max-steps", 3, "--deform", 1)
     assert outcome.code == 2
