@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.augment import flip_left_right
+from data.augment import deform, flip_left_right
 from data.slices import to_tensor
 from data.store import SliceStore
 from device import autocast
@@ -108,7 +108,7 @@ class Paired:
         self._nets.to(device)
         self._ema = EMA({name: self._nets[name] for name in "GF"}, c["ema"])
         self._adam = torch.optim.Adam(self._nets.parameters(), c["lr"], tuple(c["betas"]))
-        self._flips = torch.Generator()
+        self._draws = torch.Generator()  # of augmentation, seeded anew in each step
         self.whole = True
         self.step, self.steps = 0, -(-state["slices_seen"] // self._batch)
         self.about = {"slices_seen": self.steps * self._batch, "ckpt_step": state["step"],
@@ -116,7 +116,9 @@ class Paired:
                                          if s["split"] == "train"),
                       **{key: c[key] for key in ("features", "blocks", "upsample", "batch_size",
                                                  "lr", "betas", "ema", "flip", "seed", "epochs",
-                                                 "epochs_decay")}}
+                                                 "epochs_decay")},
+                      "deform": c.get("deform", 0.0),
+                      "keep_background": c.get("keep_background", False)}
 
     def learn(self) -> Tensor:
         """One step on a batch of pairs; returns the loss."""
@@ -147,10 +149,12 @@ class Paired:
         order = np.random.default_rng([self._config["seed"], turn]).permutation(self._rows)
         rows = np.sort(order[place * self._batch:(place + 1) * self._batch])
         pair = torch.cat([to_tensor(a[rows]) for a in (self._store.t1w, self._store.t2w)], dim=1)
+        words = np.random.SeedSequence([self._config["seed"], step])
+        self._draws.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
         if self._config["flip"]:
-            words = np.random.SeedSequence([self._config["seed"], step])
-            self._flips.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
-            pair = flip_left_right(pair, self._flips)  # both alike
+            pair = flip_left_right(pair, self._draws)  # both alike
+        if self._config.get("deform", 0):
+            pair = deform(pair, self._draws, self._config["deform"])
         return pair[:, :1].to(self._device), pair[:, 1:].to(self._device)
 
     def state(self) -> dict[str, Any]:

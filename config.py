@@ -58,7 +58,7 @@ class TrainConfig:
     batch_size: int = 1
     strict_unpaired: bool = False
     flip: bool = True
-    deform: float = 0.0
+    deform: float = 1.0
     disturb: float = 0.0
     features: int = 64
     blocks: int = 0
@@ -67,7 +67,7 @@ class TrainConfig:
     gan_loss: str = "lsgan"
     lambda_cycle: tuple[float, float] = (10.0, 10.0)
     lambda_identity: float = 0.1
-    lambda_structure: float = 0.5
+    lambda_structure: float = 1.5
     lambda_start: float = 10.0
     start_pairs: int = 500
     history_size: int = 50

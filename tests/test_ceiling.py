@@ -24,8 +24,8 @@ DIRECTIONS = ("t1w-to-t2w", "t2w-to-t1w")
 
 def state_of(slices_seen=20, **options):
     """As much of a checkpoint as a ceiling looks at."""
-    config = {**plain(asdict(TrainConfig())), "features": 4, "blocks": 1, "batch_size": 2,
-              "epochs": 3, "epochs_decay": 1, **options}
+    config = {**plain(asdict(TrainConfig())), "deform": 0.0, "features": 4, "blocks": 1,
+              "batch_size": 2, "epochs": 3, "epochs_decay": 1, **options}
     return {"config": config, "preprocessing": {"size": 32}, "step": slices_seen // 2,
             "slices_seen": slices_seen}
 
@@ -103,6 +103,18 @@ def test_a_flip_turns_both_contrasts_of_a_pair_alike(store):
             assert torch.equal(x_flipped[i], expected[0]), "only mirrored"
             assert torch.equal(y_flipped[i], expected[1]), "as its T1w is"
     assert 8 < sum(turned) < 28  # of 36
+
+
+def test_a_deformation_moves_both_contrasts_of_a_pair_alike(store):
+    still = batches(Paired(state_of(flip=False), store, CPU, FP32), 4)
+    deformed = batches(Paired(state_of(flip=False, deform=1.0), store, CPU, FP32), 4)
+    for (x, y), (x_deformed, y_deformed) in zip(still, deformed):
+        assert float((x - x_deformed).abs().mean()) > 0.02
+        inside = (x_deformed > -1) & (y_deformed > -1)
+        # painted T2w are a function of the T1w, so the pair still fits, but for interpolation
+        wanted = 0.1 - 0.8 * x_deformed + 0.5 * x_deformed ** 2
+        assert float((y_deformed - wanted)[inside].abs().median()) < 0.03
+        assert torch.equal(x_deformed > -1, y_deformed > -1)
 
 
 def test_the_learning_rate_is_the_checkpoints_then_falls_to_nothing(store):

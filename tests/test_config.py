@@ -22,7 +22,7 @@ def test_the_defaults_are_the_papers_but_for_what_is_said():
         "lsgan", (10.0, 10.0), 50, 2e-4, (0.5, 0.999), 1)
     assert (c.epochs, c.epochs_decay, c.features, c.upsample) == (100, 100, 64, "transpose")
     assert (c.lambda_identity, c.ema, c.start_pairs, c.lambda_start) == (0.1, 0.999, 500, 10.0)
-    assert c.keep_background and c.lambda_structure == 0.5
+    assert c.keep_background and (c.lambda_structure, c.deform, c.disturb) == (1.5, 1.0, 0.0)
 
 
 def test_the_papers_recipe_undoes_what_differs_and_stands_below_file_and_line(tmp_path):
