@@ -44,9 +44,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 class TrainConfig:
     """All options of a run and the only place with their defaults (Zhu et al. 2017, sec. 4, 7.1).
 
-    Three differ from the paper: the identity weight is 0.1 (T1w and T2w contrast is inverted, and
-    on real heads a weight of 5 taught copying), G and F are averaged for use (`ema`), and a first
-    guess leads the first slices (`start_pairs`). What was measured: benchmarks/RECIPES.md.
+    What differs from the paper, and why (figures: benchmarks/RECIPES.md): background is kept
+    (`keep_background`) and so are edges (`lambda_structure`); a first guess leads the first slices
+    (`start_pairs`); slices are deformed (`deform`); the identity weight is 0.1 (T1w and T2w
+    contrast is inverted, and on real heads a weight of 5 taught copying); G and F are averaged for
+    use (`ema`). `--recipe paper` undoes it all.
     """
 
     slices: str = "slices"
@@ -164,8 +166,8 @@ def parse_args(argv: list[str] | None,
                                    choices=CHOICES.get(name))
     group.add_argument("--recipe", choices=RECIPES, default="default",
                        help="options that belong together: the defaults, or the paper's own (also "
-                            "identity weight 5, no averages, no first guess); --config and the "
-                            "command line stand above it")
+                            "identity weight 5, no averages, no first guess, background and edges "
+                            "as they come); --config and the command line stand above it")
     group.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS,
                        help="options from a TOML file, or from a run's config.json; the command "
                             "line stands above it")

@@ -9,7 +9,7 @@ the end (last.pt): no checkpoint is chosen. The held-out subjects are the fold's
 that train.py writes down how they would have judged every epoch: how far the figures swing at the
 end, and what choosing an epoch with and without their pairs would have given. Nothing of that goes
 back into a run. Runs that are done are not repeated; stopped ones go on. Ends with 1 where a run
-copied its input, inverted the contrast, or has another warning.
+copied its input or inverted the contrast.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import console
 from data import store
 from measuring import CEILING, DIRECTIONS, FLOOR, MODEL, TABLE
 from models import checkpoint
+from summary import COPY_RATIO
 
 EPOCHS = 20  # pieces of a run, each judged once
 LAST = 5  # of them, over which the swing is measured
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     print_table(rows)
     print(json.dumps({"benchmark": "recipes", "pairs": args.pairs, "features": args.features,
                       "runs": rows}))
-    return int(any(row["warnings"] for row in rows if row["method"] != FLOOR))
+    return int(any(row.get("copied") or row.get("inverted") for row in rows))
 
 
 def recipe_of(text: str) -> tuple[str, tuple[str, ...]]:
@@ -226,12 +227,17 @@ def rows_of(job: Job, summary: dict[str, Any], curve: Sequence[dict[str, Any]],
                 "recipe": job.recipe if method == MODEL else method, "method": method,
                 "direction": direction, "fold": job.fold, "seed": job.seed,
                 **{f"{protocol}_{name}": part[protocol][name]["mean"]
-                   for protocol in ("brain", "slice", "box") for name in ("ssim", "psnr_db")},
-                "warnings": []}
+                   for protocol in ("brain", "slice", "box") for name in ("ssim", "psnr_db")}}
+            lesions = summary["lesions"][direction].get(method, {})
+            row |= {f"lesions_{name}": lesions[name]["mean"] for name in ("kept", "erased")
+                    if lesions.get(name)}
             if method == MODEL:
-                row |= {"warnings": summary["checks"][direction]["warnings"],
-                        "swing": max(last) - min(last), "pairs_per_s": pairs_per_s,
-                        "best_epoch": max(ssims), "without_pairs": ssims[pick(curve)]}
+                check = summary["checks"][direction]
+                row |= {"copied": check["copy_ratio"] < COPY_RATIO,
+                        "inverted": check["correlation"] < 0,
+                        "checkerboard": check["checkerboard"], "swing": max(last) - min(last),
+                        "best_epoch": max(ssims), "without_pairs": ssims[pick(curve)],
+                        "pairs_per_s": pairs_per_s}
             yield row
 
 
@@ -248,9 +254,13 @@ def pick(curve: Sequence[dict[str, Any]]) -> int:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Means over folds and seeds, and the spread between seeds, of each recipe and direction."""
+    """Means over folds and seeds, and the spread between seeds, of each recipe and direction.
+
+    `lesions`: the share of their contrast that is kept; `copied`, `inverted`: runs that did.
+    """
     titles = ("recipe", "direction", "runs", "brain", "dB", "seeds", "slice", "dB", "box", "dB",
-              "swing", "best ep.", "no pairs", "pairs/s", "failed")
+              "swing", "best ep.", "no pairs", "checker", "lesions", "pairs/s", "copied",
+              "inverted")
     lines = [titles]
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         for direction in DIRECTIONS:
@@ -259,15 +269,17 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
                 continue
 
             def mean(name: str, digits: int, found: Sequence[dict[str, Any]] = found) -> str:
-                values = [r[name] for r in found if name in r]
+                values = [r[name] for r in found if r.get(name) is not None]
                 return f"{np.mean(values):.{digits}f}" if values else ""
 
             figures = [mean(f"{protocol}_{name}", digits) for protocol in ("brain", "slice", "box")
                        for name, digits in (("ssim", 3), ("psnr_db", 2))]
             lines.append((recipe, direction, str(len(found)), *figures[:2], spread(found),
                           *figures[2:], mean("swing", 3), mean("best_epoch", 3),
-                          mean("without_pairs", 3), mean("pairs_per_s", 1),
-                          str(sum(bool(r["warnings"]) for r in found))))
+                          mean("without_pairs", 3), mean("checkerboard", 2),
+                          mean("lesions_kept", 2), mean("pairs_per_s", 1),
+                          *(str(sum(r.get(name, False) for r in found))
+                            for name in ("copied", "inverted"))))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())

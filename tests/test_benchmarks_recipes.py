@@ -75,8 +75,8 @@ def test_two_recipes_are_trained_measured_and_not_repeated(slices, tmp_path):
     first = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = first.stdout.splitlines()
     found = json.loads(lines[-1])["runs"]
-    assert first.returncode == any(r["warnings"] for r in found), first.stderr
     models = [r for r in found if r["method"] == "model"]
+    assert first.returncode == any(r["copied"] or r["inverted"] for r in models), first.stderr
     assert {(r["recipe"], r["fold"], r["direction"]) for r in models} == {
         (recipe, 0, direction) for recipe in ("default", "paper")
         for direction in ("t1w-to-t2w", "t2w-to-t1w")}
@@ -84,6 +84,9 @@ def test_two_recipes_are_trained_measured_and_not_repeated(slices, tmp_path):
         folder = tmp_path / "out" / row["recipe"] / f"fold{row['fold']}_seed0"
         summary = json.loads((folder / "evaluation" / "summary.json").read_text())
         assert row["brain_ssim"] == summary[row["direction"]]["brain"]["ssim"]["mean"]
+        check = summary["checks"][row["direction"]]
+        assert row["inverted"] == (check["correlation"] < 0)
+        assert row["copied"] == (check["copy_ratio"] < 0.5)
         curve = [r["t2w_ssim" if row["direction"] == "t1w-to-t2w" else "t1w_ssim"]
                  for r in map(json.loads, (folder / "run" / "metrics.jsonl").open())
                  if r["kind"] == "validation"]
