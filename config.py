@@ -30,13 +30,13 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
 # What a checkpoint that knows nothing of an option was trained with.
-BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "disturb": 0.0, "keep_background": False,
+BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "keep_background": False,
                     "lambda_structure": 0.0}
 # `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
 # half of the cycle's)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0,
-                             "keep_background": False, "deform": 0.0, "disturb": 0.0,
+                             "keep_background": False, "deform": 0.0,
                              "lambda_structure": 0.0}}
 
 
@@ -61,7 +61,6 @@ class TrainConfig:
     strict_unpaired: bool = False
     flip: bool = True
     deform: float = 1.0
-    disturb: float = 0.0
     features: int = 64
     blocks: int = 0
     upsample: str = "transpose"
@@ -96,8 +95,6 @@ HELP = {
         "flip": "mirror slices left to right at random",
         "deform": "turn, scale, shift and bend slices at random: 1 is up to 10 degrees, 8 %%, 4 %% "
                   "of the side, 3 of 128 pixels; 0 is off",
-        "disturb": "give G and F slices with other intensities at random (gamma, gain, bias field: "
-                   "1 is about 30, 15 and 20 %%; 0 is off)",
         "workers": "batches read ahead by threads (0: read when asked)",
     },
     "model": {
@@ -244,7 +241,7 @@ def _check_config(c: TrainConfig) -> None:
     least = {"epochs": 0, "epochs_decay": 0, "steps_per_epoch": 0, "max_steps": 0, "batch_size": 1,
              "features": 1, "blocks": 0, "history_size": 0, "workers": 0, "log_every": 1, "seed": 0,
              "keep_best": 0, "lambda_identity": 0, "lambda_structure": 0, "lambda_start": 0,
-             "start_pairs": 0, "deform": 0, "disturb": 0, "save_minutes": 0}
+             "start_pairs": 0, "deform": 0, "save_minutes": 0}
     for name, low in least.items():
         if not low <= getattr(c, name) < math.inf:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least {low}")

@@ -51,23 +51,19 @@ def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
             group["lr"] = rate
     exchange = torch.stack([part for name in ("x", "y")
                             for part in t.history[name].draw(len(real_x))])
-    values = t.update(real_x, real_y, *t.given(real_x, real_y), exchange, t.ema.weight(t.step),
-                      t.start_weight)
+    values = t.update(real_x, real_y, exchange, t.ema.weight(t.step), t.start_weight)
     t.step += 1
     t.epoch_step += 1
     t.slices_seen += len(real_x) * t.process.world
     return values
 
 
-def update(t: Training, real_x: Tensor, real_y: Tensor, given_x: Tensor, given_y: Tensor,
-           exchange: Tensor, ema_weight: float | Tensor,
-           start_weight: float | Tensor = 0.0) -> Tensor:
+def update(t: Training, real_x: Tensor, real_y: Tensor, exchange: Tensor,
+           ema_weight: float | Tensor, start_weight: float | Tensor = 0.0) -> Tensor:
     """What `train_step` does on the device: terms, gradients, weights, averages, histories.
 
     Parameters
     ----------
-    real_x, real_y : what every term compares with, and D_X and D_Y are shown
-    given_x, given_y : what G and F are given of them: the same, or disturbed
     exchange : (4, N) int64, of `ImageHistory.draw` for X and for Y
     ema_weight : share of the nets that goes into their averages
     start_weight : of the distance to the first guess; a number of 0 leaves it out
@@ -80,8 +76,8 @@ def update(t: Training, real_x: Tensor, real_y: Tensor, given_x: Tensor, given_y
     t.optimizers["generators"].zero_grad(set_to_none=True)
     with t.autocast():
         # one pass for translation and identity: instance norm keeps the slices of a batch apart
-        from_x = t.G(torch.cat([given_x, given_y]) if with_identity else given_x)
-        from_y = t.F(torch.cat([given_y, given_x]) if with_identity else given_y)
+        from_x = t.G(torch.cat([real_x, real_y]) if with_identity else real_x)
+        from_y = t.F(torch.cat([real_y, real_x]) if with_identity else real_y)
         fake_y, fake_x = from_x[:n], from_y[:n]
         cycled_x, cycled_y = t.F(fake_y), t.G(fake_x)
         scores_y, scores_x = t.judge(t.nets.D_Y, fake_y), t.judge(t.nets.D_X, fake_x)
@@ -203,12 +199,12 @@ class Recorded:
         # by whether the first guess takes part: graph, its inputs, what it gives
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    def __call__(self, real_x: Tensor, real_y: Tensor, given_x: Tensor, given_y: Tensor,
-                 exchange: Tensor, ema_weight: float, start_weight: float = 0.0) -> Tensor:
+    def __call__(self, real_x: Tensor, real_y: Tensor, exchange: Tensor, ema_weight: float,
+                 start_weight: float = 0.0) -> Tensor:
         """As `update`; what it returns is the caller's."""
         t, device, led = self._t, self._t.process.device, start_weight > 0
         numbers = [ema_weight, start_weight] if led else [ema_weight]
-        fresh = [real_x, real_y, given_x, given_y, exchange.pin_memory(),
+        fresh = [real_x, real_y, exchange.pin_memory(),
                  *(torch.tensor(number).pin_memory() for number in numbers)]
         self._shape = self._shape or real_x.shape
         if self._left or real_x.shape != self._shape:

@@ -36,7 +36,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import console
 import health
 from config import TrainConfig, parse_args, plain
-from data.augment import deform, disturb, flip_left_right
+from data.augment import deform, flip_left_right
 from data.contrast import intensity_quantiles, training_figures
 from data.slices import UnpairedBatches, paired_slices, paired_subjects, to_tensor
 from data.store import SliceStore, write_atomically
@@ -176,26 +176,13 @@ class Training:
 
     def augment(self, real_x: Tensor, real_y: Tensor) -> tuple[Tensor, Tensor]:
         """Mirror and deform at random; drawn from seed, step and rank, as a resumed run draws."""
-        draws = self._draws(0)
-        if self.config.flip:
-            real_x, real_y = (flip_left_right(v, draws) for v in (real_x, real_y))
-        if self.config.deform:
-            real_x, real_y = (deform(v, draws, self.config.deform) for v in (real_x, real_y))
-        return real_x, real_y
-
-    def given(self, real_x: Tensor, real_y: Tensor) -> tuple[Tensor, Tensor]:
-        """What G and F are given of these slices: with other intensities, drawn alike."""
-        if not self.config.disturb:
-            return real_x, real_y
-        draws = self._draws(1)
-        first, second = (disturb(v, draws, self.config.disturb) for v in (real_x, real_y))
-        return first, second
-
-    def _draws(self, purpose: int) -> torch.Generator:
-        words = np.random.SeedSequence([self.config.seed, self.step, self.process.rank]
-                                       + [purpose] * (purpose > 0))
+        words = np.random.SeedSequence([self.config.seed, self.step, self.process.rank])
         self.draws.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
-        return self.draws
+        if self.config.flip:
+            real_x, real_y = (flip_left_right(v, self.draws) for v in (real_x, real_y))
+        if self.config.deform:
+            real_x, real_y = (deform(v, self.draws, self.config.deform) for v in (real_x, real_y))
+        return real_x, real_y
 
     def note(self, values: Tensor) -> None:
         """Take in what a step returned."""

@@ -160,8 +160,7 @@ def ours(args: argparse.Namespace, batch: int, device: torch.device) -> Training
     config = TrainConfig(features=args.features, blocks=args.blocks, batch_size=batch,
                          precision=args.precision, compile=args.compile,
                          cuda_graph=args.cuda_graph, keep_background=False, deform=0.0,
-                         disturb=0.0, start_pairs=0,
-                         lambda_structure=0.0)  # equal nets and losses
+                         start_pairs=0, lambda_structure=0.0)  # equal nets and losses
     torch.backends.cudnn.benchmark = True  # as train.py does
     return Training(config, Process(0, 1, device), 10 ** 6)
 

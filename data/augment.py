@@ -1,9 +1,9 @@
 """MRI-safe augmentation of a batch, on its device.
 
 A mirrored brain is a plausible brain, and so is one that is turned, scaled, shifted or bent a
-little: `flip_left_right` and `deform` change where things are. `disturb` changes how bright they
-are, as another scanner would. What chance decides is drawn on the CPU, so that a run can be
-repeated on any device. Nothing is ever turned upside down.
+little. What chance decides is drawn on the CPU, so that a run can be repeated on any device.
+Nothing is ever turned upside down. (Changing intensities as another scanner would was tried and
+changed nothing: benchmarks/RECIPES.md.)
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch.nn import functional as nnf
 TURN = math.radians(10)
 SCALE, SHIFT = 0.08, 0.04  # shift as a share of the slice
 BEND, KNOTS = 0.023, 5  # the furthest that a knot moves, as a share of the slice; knots a side
-GAMMA, GAIN = 0.3, 0.15  # natural logarithms
-BIAS, BIAS_KNOTS = 0.2, 3  # natural logarithm; knots a side
 
 
 def flip_left_right(slices: Tensor, draws: torch.Generator) -> Tensor:
@@ -64,28 +62,6 @@ def deform(slices: Tensor, draws: torch.Generator, strength: float = 1.0) -> Ten
     moved, inside = nnf.grid_sample(torch.cat([signal, brain], 1), grid,
                                     align_corners=False).chunk(2, 1)
     return torch.where(inside > 0.5, moved.clamp(0, 1) * 2 - 1, -1.0)
-
-
-def disturb(slices: Tensor, draws: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Change the intensities of each slice as another scanner would: gamma, gain, bias field.
-
-    v -> (v^gamma * gain * field), cut to [0, 1], of v in [0, 1]; at `strength` 1 ln(gamma) lies
-    within 0.3, ln(gain) within 0.15, and ln(field), which changes smoothly, within about 0.2.
-
-    Parameters
-    ----------
-    slices : (N, 1, H, W) in [-1, 1], background exactly -1, which it stays
-    draws : a CPU generator; the result depends on it alone
-    strength : 0 changes nothing
-    """
-    n, _, height, width = slices.shape
-    drawn = _uniform(draws, (n, 2 + BIAS_KNOTS ** 2), slices.device) * strength
-    gamma, gain = torch.exp(drawn[:, :2] * drawn.new_tensor([GAMMA, GAIN])).T[..., None, None, None]
-    knots = drawn[:, 2:].reshape(n, 1, BIAS_KNOTS, BIAS_KNOTS) * BIAS
-    field = nnf.interpolate(knots, (height, width), mode="bicubic", align_corners=True).exp()
-    signal = (slices.float() + 1) / 2
-    changed = (signal.clamp(min=0) ** gamma * gain * field).clamp(0, 1)
-    return torch.where(slices > -1, changed * 2 - 1, -1.0)
 
 
 def _uniform(draws: torch.Generator, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -67,7 +67,7 @@ def run(slices, tmp_path):
     return call
 
 
-STILL = replace(CONFIG, flip=True, deform=0.0, disturb=0.0)
+STILL = replace(CONFIG, flip=True, deform=0.0)
 
 
 def alone(config=CONFIG, steps_per_epoch=10):
@@ -114,29 +114,25 @@ class Textbook:
         self.lambda_identity, self.history = lambda_identity, history
         self.lambda_structure = lambda_structure
 
-    def step(self, x, y, given=None):
-        """Returns the terms in the order of `TERMS`; the gradients stay in the parameters.
-
-        `given`: what G and F are given instead of x and y.
-        """
+    def step(self, x, y):
+        """Returns the terms in the order of `TERMS`; the gradients stay in the parameters."""
         def l1(a, b):
             return (a - b).abs().mean()
 
-        given_x, given_y = given or (x, y)
-        gan_g = ((self.D_Y(self.G(given_x)) - 1) ** 2).mean()
-        gan_f = ((self.D_X(self.F(given_y)) - 1) ** 2).mean()
-        cycle_x, cycle_y = l1(self.F(self.G(given_x)), x), l1(self.G(self.F(given_y)), y)
+        gan_g = ((self.D_Y(self.G(x)) - 1) ** 2).mean()
+        gan_f = ((self.D_X(self.F(y)) - 1) ** 2).mean()
+        cycle_x, cycle_y = l1(self.F(self.G(x)), x), l1(self.G(self.F(y)), y)
         same_x = same_y = torch.zeros(())
         loss = gan_g + gan_f + 10 * cycle_x + 10 * cycle_y
         if self.lambda_identity:
-            same_x, same_y = l1(self.F(given_x), x), l1(self.G(given_y), y)
+            same_x, same_y = l1(self.F(x), x), l1(self.G(y), y)
             loss = loss + self.lambda_identity * (same_x + same_y)
         kept_x = kept_y = torch.zeros(())
         if self.lambda_structure:
-            kept_x = structure_loss(x, self.G(given_x))
-            kept_y = structure_loss(y, self.F(given_y))
+            kept_x = structure_loss(x, self.G(x))
+            kept_y = structure_loss(y, self.F(y))
             loss = loss + self.lambda_structure * (kept_x + kept_y)
-        fake_y, fake_x = self.G(given_x).detach(), self.F(given_y).detach()
+        fake_y, fake_x = self.G(x).detach(), self.F(y).detach()
         self._update(self.adam_g, self.generators, loss)
 
         old_x, old_y = self.history["x"].query(fake_x), self.history["y"].query(fake_y)
@@ -174,21 +170,6 @@ def test_one_step_is_the_textbooks_step(lambda_identity, lambda_structure, n):
             assert (ours[key] - theirs).abs().max() <= 4.1e-4
     assert all(p.requires_grad for p in t.nets.parameters())  # D is no longer frozen
     assert (t.step, t.epoch_step, t.slices_seen) == (1, 1, n)
-
-
-def test_disturbed_slices_are_what_g_and_f_are_given_and_nothing_else_is():
-    t = alone(replace(CONFIG, disturb=1.0))
-    real_x, real_y = draw_slices(2)
-    given = t.given(real_x, real_y)
-    book = Textbook(t.nets, 0.1, {k: ImageHistory(50) for k in "xy"})
-    terms = train_step(t, real_x, real_y)[:len(TERMS)]
-    wanted = torch.stack(book.step(real_x, real_y, given)).detach()
-    torch.testing.assert_close(terms, wanted, atol=1e-6, rtol=1e-5)
-    for name in ("G", "F", "D_X", "D_Y"):
-        ours = dict(getattr(t.nets, name).named_parameters())
-        for key, theirs in getattr(book, name).named_parameters():
-            torch.testing.assert_close(ours[key].grad, theirs.grad, atol=1e-5, rtol=1e-4)
-    assert min(float((a - b).abs().mean()) for a, b in zip(given, (real_x, real_y))) > 0.02
 
 
 def test_steps_with_a_full_history_judge_what_the_history_gives_back():
@@ -281,22 +262,21 @@ def test_the_averages_follow_the_generators():
         torch.testing.assert_close(average, 0.1 * old + 0.9 * new)
 
 
-@pytest.mark.parametrize("options", [{}, {"flip": False, "deform": 1.0},
-                                     {"flip": False, "disturb": 1.0}])
+@pytest.mark.parametrize("options", [{}, {"flip": False, "deform": 1.0}])
 def test_augmentation_depends_on_seed_step_and_rank_alone(options):
     real_x, real_y = draw_slices(8)
 
     def augmented(seed=0, step=0, rank=0):
         t = Training(replace(STILL, **options, seed=seed), Process(rank, 1, CPU), 10)
         t.step = step
-        return torch.cat(t.given(*t.augment(real_x, real_y)))
+        return torch.cat(t.augment(real_x, real_y))
 
     assert torch.equal(augmented(), augmented())
     assert not torch.equal(augmented(), torch.cat([real_x, real_y]))
     for other in (augmented(seed=1), augmented(step=1), augmented(rank=1)):
         assert not torch.equal(augmented(), other)
     t = alone(replace(STILL, flip=False))
-    untouched = t.given(*t.augment(real_x, real_y))
+    untouched = t.augment(real_x, real_y)
     assert torch.equal(torch.stack(untouched), torch.stack([real_x, real_y]))
 
 
