@@ -17,7 +17,8 @@ LEAST_VARIANCE = 1e-3  # of [-1, 1]: noise in a flat window is no structure
 def structure_loss(real: Tensor, fake: Tensor, window: int = WINDOW) -> Tensor:
     """Measure how little of a translation's structure is that of its input.
 
-    1 - r^2, r the correlation coefficient of the two in a square window, averaged over the brain:
+    1 - r^2, r the correlation coefficient of the two in a square window, averaged over a slice's
+    brain, then over slices:
 
         r^2 = cov(real, fake)^2 / ((var(real) + c) (var(fake) + c)),   c = 1e-3
 
@@ -53,4 +54,5 @@ def structure_loss(real: Tensor, fake: Tensor, window: int = WINDOW) -> Tensor:
     variance_b = (of_bb / share - mean_b * mean_b).clamp(min=0)
     covariance = of_ab / share - mean_a * mean_b
     alike = covariance ** 2 / ((variance_a + LEAST_VARIANCE) * (variance_b + LEAST_VARIANCE))
-    return ((1 - alike) * brain[:, 0]).sum() / brain.sum().clamp(min=1)
+    lost = ((1 - alike) * brain[:, 0]).sum((1, 2)) / brain.sum((1, 2, 3)).clamp(min=1)
+    return lost.mean()

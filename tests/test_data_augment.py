@@ -88,3 +88,9 @@ def test_deform_moves_all_channels_of_a_slice_alike():
     slices = torch.cat([blobs(4), blobs(4)], dim=1)
     first, second = deform(slices, seeded()).chunk(2, 1)
     assert torch.equal(first, second)
+
+
+def test_a_nan_is_not_lost_so_that_training_can_name_its_slice():
+    slices = blobs(1).clone()
+    slices[0, 0, 30:34, 30:34] = float("nan")
+    assert deform(slices, seeded()).isnan().any()

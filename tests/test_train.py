@@ -1004,7 +1004,8 @@ def test_losses_that_are_nan_stop_the_run_by_name_in_one_line(run, tmp_path):
     change_rows(store, "t1w.npy", slice(0, 12), np.nan)
     outcome = run("--max-steps", 5, "--log-every", 2, store=store)
     assert outcome.code == 1
-    assert "G, cycle_x, identity_x, D_X, D_Y not finite at step 1 (epoch 1)" in outcome.complaint
+    assert ("G, cycle_x, identity_x, structure_x, D_X, D_Y not finite at step 1 (epoch 1)"
+            in outcome.complaint)
     x, y = UnpairedBatches(SliceStore(store), batch_size=1).rows(0, 0)
     assert (f"slices t1w row {x[0]} (painted 0{1 + x[0] // 6}_T1w.nii.gz); t2w row {y[0]} "
             f"(painted 0{1 + y[0] // 6}_T2w.nii.gz)") in outcome.complaint
