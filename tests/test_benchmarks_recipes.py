@@ -56,7 +56,8 @@ def test_the_rule_takes_the_epoch_that_comes_back_best_and_looks_at_no_pairs():
     def point(cycle, histogram):
         return {f"{name}_{what}": value for name in ("t1w", "t2w")
                 for what, value in (("cycle_error", cycle), ("histogram_distance", histogram))}
-    assert recipes.pick([point(0.3, 0.1), point(0.1, 0.1), point(0.1, 0.4)]) == 1
+    assert recipes.pick([point(0.3, 0.01), point(0.1, 0.05), point(0.02, 0.2)]) == 1
+    assert recipes.pick([point(0.3, 0.3), point(0.1, 0.2), point(0.02, 0.4)]) == 1
 
 
 def test_spread_is_between_seeds_of_the_mean_over_folds():
