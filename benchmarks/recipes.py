@@ -41,7 +41,7 @@ from summary import COPY_RATIO
 
 EPOCHS = 20  # pieces of a run, each judged once
 LAST = 5  # of them, over which the swing is measured
-LIKE_REAL = 0.1  # distance of histograms within which a translation is no copy (of real heads: 0.29)
+LIKE_REAL = 0.1  # distance of histograms within which a translation is no copy (real heads': 0.29)
 SHOWN = {"t1w-to-t2w": "t2w", "t2w-to-t1w": "t1w"}  # what train.py calls a direction's figures
 
 
