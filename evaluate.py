@@ -391,19 +391,13 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     for name, picture in pictures.items():
         write_atomically(args.out / f"{name}.png", picture.png)
         write_atomically(args.out / f"{name}.svg", picture.svg)
-    tables = {"slices": records_csv((r for r in records if r["row"] is not None), "row", *METRICS,
-                                    "from_input"),
-              "subjects": records_csv(per_subject, "n_slices", *METRICS),
-              "lesions": records_csv(lesions, *LESIONS,
-                                     ids=[name for name in IDS if name != "protocol"])}
-    rows = comparison_rows(compared)
-    if rows:
-        tables["comparison"] = comparison_csv(compared)
+    tables = csv_tables(records, per_subject, lesions, compared)
     for name, content in tables.items():
         write_atomically(args.out / f"{name}.csv", content)
     _delete_others(args.out, pictures, tables)
     text = json.dumps(summary, indent=1, allow_nan=False)
     write_atomically(args.out / "summary.json", (text + "\n").encode())
+    rows = comparison_rows(compared)
     main, others = ("ssim", "psnr_db", "mae"), ("ms_ssim", "ncc", "gradient_similarity",
                                                 "intensity_distance", "cycle_error")
     volumes = ("ssim", "psnr_db", "slice_consistency", *(["contrast_order"] * bool(work.tissues)))
@@ -417,6 +411,19 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     write_atomically(args.out / "report.html", page.encode())
     print_tables(summary, table(summary, PROTOCOLS, main), rows)
     log.info("report: %s", args.out / "report.html")
+
+
+def csv_tables(records: list[Record], per_subject: list[Record], lesions: list[Record],
+               compared: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+    """The CSV files by name without ending; `comparison` only of several checkpoints."""
+    tables = {"slices": records_csv((r for r in records if r["row"] is not None), "row", *METRICS,
+                                    "from_input"),
+              "subjects": records_csv(per_subject, "n_slices", *METRICS),
+              "lesions": records_csv(lesions, *LESIONS,
+                                     ids=[name for name in IDS if name != "protocol"])}
+    if comparison_rows(compared):
+        tables["comparison"] = comparison_csv(compared)
+    return tables
 
 
 def _delete_others(out: Path, pictures: Collection[str], tables: Collection[str]) -> None:
