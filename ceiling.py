@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.augment import deform, flip_left_right
-from data.slices import to_tensor
+from data.slices import Spans, to_tensor
 from data.store import SliceStore
 from device import autocast
 from losses.consistency import cycle_loss
@@ -96,10 +96,10 @@ class Paired:
         self._preprocessing, self._store = state["preprocessing"], store
         self._device = device  # fp16 would need a scaler
         self._precision = torch.float32 if precision == torch.float16 else precision
-        self._rows = store.rows("train")
+        self._slices = Spans(store.spans("train"))
         self._batch = c["batch_size"]
-        if len(self._rows) < self._batch:
-            raise ValueError(f"{store.folder}: its train split has {len(self._rows)} slices, the "
+        if len(self._slices) < self._batch:
+            raise ValueError(f"{store.folder}: its train split has {len(self._slices)} slices, the "
                              f"ceiling needs {self._batch} a step")
         self._nets = torch.nn.ModuleDict({
             name: ResnetGenerator(c["features"], c["blocks"], c["upsample"],
@@ -118,7 +118,9 @@ class Paired:
                                                  "lr", "betas", "ema", "flip", "seed", "epochs",
                                                  "epochs_decay")},
                       "deform": c.get("deform", 0.0),
-                      "keep_background": c.get("keep_background", False)}
+                      "keep_background": c.get("keep_background", False),
+                      # not there in the ceilings of before there was this option
+                      **({"balance": True} if c.get("balance", False) else {})}
 
     def learn(self) -> Tensor:
         """One step on a batch of pairs; returns the loss."""
@@ -145,9 +147,11 @@ class Paired:
         return min(1.0, epochs / c["epochs_decay"]) if c["epochs_decay"] else 1.0
 
     def _batch_of(self, step: int) -> tuple[Tensor, Tensor]:
-        turn, place = divmod(step, len(self._rows) // self._batch)
-        order = np.random.default_rng([self._config["seed"], turn]).permutation(self._rows)
-        rows = np.sort(order[place * self._batch:(place + 1) * self._batch])
+        turn, place = divmod(step, len(self._slices) // self._batch)
+        draws = np.random.default_rng([self._config["seed"], turn])
+        places = draws.permutation(len(self._slices))[place * self._batch:(place + 1) * self._batch]
+        rows = np.sort(self._slices.balanced_rows(places, draws.random())
+                       if self._config.get("balance", False) else self._slices.rows(places))
         pair = torch.cat([to_tensor(a[rows]) for a in (self._store.t1w, self._store.t2w)], dim=1)
         words = np.random.SeedSequence([self._config["seed"], step])
         self._draws.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))

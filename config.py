@@ -30,13 +30,13 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
 # What a checkpoint that knows nothing of an option was trained with.
-BEFORE_THERE_WAS = {"start_pairs": 0, "deform": 0.0, "keep_background": False,
+BEFORE_THERE_WAS = {"start_pairs": 0, "balance": False, "deform": 0.0, "keep_background": False,
                     "lambda_structure": 0.0}
 # `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
 # half of the cycle's)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0,
-                             "keep_background": False, "deform": 0.0,
+                             "balance": False, "deform": 0.0, "keep_background": False,
                              "lambda_structure": 0.0}}
 
 
@@ -46,7 +46,7 @@ class TrainConfig:
 
     What differs from the paper, and why (figures: benchmarks/RECIPES.md): background is kept
     (`keep_background`) and so are edges (`lambda_structure`); a first guess leads the first slices
-    (`start_pairs`); slices are deformed (`deform`); the identity weight is 0.1 (T1w and T2w
+    (`start_pairs`); slices are deformed (`deform`) and drawn so that volumes count alike (`balance`); the identity weight is 0.1 (T1w and T2w
     contrast is inverted, and on real heads a weight of 5 taught copying); G and F are averaged for
     use (`ema`). `--recipe paper` undoes it all.
     """
@@ -59,6 +59,7 @@ class TrainConfig:
     max_steps: int = 0
     batch_size: int = 1
     strict_unpaired: bool = False
+    balance: bool = True
     flip: bool = True
     deform: float = 1.0
     features: int = 64
@@ -92,6 +93,7 @@ HELP = {
         "batch_size": "slices of each domain a step, in each process",
         "strict_unpaired": "T1w from one half of the training subjects, T2w from the other, so "
                            "that no head is seen in both",
+        "balance": "show each volume equally often, however many slices it has",
         "flip": "mirror slices left to right at random",
         "deform": "turn, scale, shift and bend slices at random: 1 is up to 10 degrees, 8 %%, 4 %% "
                   "of the side, 3 of 128 pixels; 0 is off",

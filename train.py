@@ -538,7 +538,8 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
         record["training"] = training_figures(store)
     loader = UnpairedBatches(store, batch_size=config.batch_size, seed=config.seed,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
-                             world=process.world, strict=config.strict_unpaired)
+                             world=process.world, strict=config.strict_unpaired,
+                             balanced=config.balance)
     state, last = find_resume(config, args, record)
     t = Training(config, process, loader.steps_per_epoch, record, intensity_quantiles(store))
     t.where = functools.partial(name_slices, store, loader)

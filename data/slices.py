@@ -40,6 +40,8 @@ class UnpairedBatches:
     seed, rank, world : of the permutations; this process and how many there are
     strict : take T1w from one half of the subjects and T2w from the other (`halves`), so that no
         head is seen in both domains
+    balanced : give each volume the same number of slices a pass, give or take one, however many it
+        has: those of few come several times, of those with many each pass takes others
 
     Raises
     ------
@@ -48,9 +50,10 @@ class UnpairedBatches:
     """
 
     def __init__(self, store: SliceStore, *, batch_size: int, steps_per_epoch: int = 0,
-                 seed: int = 0, rank: int = 0, world: int = 1, strict: bool = False) -> None:
+                 seed: int = 0, rank: int = 0, world: int = 1, strict: bool = False,
+                 balanced: bool = False) -> None:
         spans = _half_spans(store) if strict else (store.spans("train"),) * 2
-        self._slices = tuple(_Spans(each) for each in spans)
+        self._slices = tuple(Spans(each) for each in spans)
         self._taken = batch_size * world
         fewest = min(map(len, self._slices))
         if fewest < self._taken:
@@ -60,6 +63,7 @@ class UnpairedBatches:
         self._readers = RowReader(store.t1w), RowReader(store.t2w)
         self._shape = 1, *store.t1w.shape[1:]
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
+        self._balanced = balanced
         self._steps_a_pass = fewest // self._taken
         self.steps_per_epoch = steps_per_epoch or self._steps_a_pass
         self._orders: dict[tuple[int, int, int, int], np.ndarray] = {}
@@ -68,8 +72,7 @@ class UnpairedBatches:
         """The rows ((N,) for X, (N,) for Y) that this process sees in a step of an epoch."""
         turn, place = divmod(step, self._steps_a_pass)
         first = place * self._taken + self._rank * self._batch_size
-        x, y = (self._slices[domain].rows(self._places(epoch, turn, domain, first))
-                for domain in (0, 1))
+        x, y = (self._rows(epoch, turn, domain, first) for domain in (0, 1))
         return x, y
 
     def batches(self, epoch: int, first_step: int = 0, workers: int = 1, *, half: bool = False,
@@ -128,6 +131,14 @@ class UnpairedBatches:
                 np.copyto(out, stored)
         return real_x, real_y
 
+    def _rows(self, epoch: int, turn: int, domain: int, first: int) -> np.ndarray:
+        """Which of a domain's rows this process takes from place `first` of a pass on."""
+        places, slices = self._places(epoch, turn, domain, first), self._slices[domain]
+        if not self._balanced:
+            return slices.rows(places)
+        drawn = np.random.SeedSequence([self._seed, epoch, turn, domain]).generate_state(1)[0]
+        return slices.balanced_rows(places, drawn / 2 ** 32)
+
     def _places(self, epoch: int, turn: int, domain: int, first: int) -> np.ndarray:
         """Which of a domain's slices, counted from 0, this process takes from place `first` on.
 
@@ -151,11 +162,12 @@ class UnpairedBatches:
         return found[first - begin:first - begin + self._batch_size]
 
 
-class _Spans:
+class Spans:
     """The slices of some subjects, counted from 0, and their rows in the store."""
 
     def __init__(self, spans: np.ndarray) -> None:
         first, counts = spans.T
+        self._first, self._counts = first, counts
         self._ends = np.cumsum(counts)
         self._shift = first - (self._ends - counts)
 
@@ -165,6 +177,19 @@ class _Spans:
     def rows(self, places: np.ndarray) -> np.ndarray:
         """(n,) int64 rows of the slices at these places."""
         return places + self._shift[np.searchsorted(self._ends, places, side="right")]
+
+    def balanced_rows(self, places: np.ndarray, shift: float) -> np.ndarray:
+        """(n,) int64 rows, as many of each volume as of any other where all places are asked for.
+
+        Systematic resampling: places lie at equal steps along a line on which each volume has the
+        same length, and its slices equal parts of that; `shift` in [0, 1) moves them by less than
+        a step, so that by and by each slice has its turn.
+        """
+        at = (places + shift) / len(self) * len(self._counts)
+        volume = np.minimum(at.astype(np.int64), len(self._counts) - 1)
+        counts = self._counts[volume]
+        inside = ((at - volume) * counts).astype(np.int64)
+        return self._first[volume] + np.minimum(inside, counts - 1)
 
 
 def scatter(places: np.ndarray, n: int, seeds: list[int]) -> np.ndarray:

@@ -86,6 +86,18 @@ def test_both_contrasts_of_a_batch_are_the_same_rows_of_the_training_split(store
     assert sorted(seen) == list(store.rows("train"))  # nine batches of two are one pass
 
 
+@pytest.mark.parametrize("balance, shares", [(True, (8, 8)), (False, (12, 4))])
+def test_volumes_count_alike_where_they_do_in_the_checkpoints_training(balance, shares, tmp_path):
+    uneven = SliceStore(write_store(tmp_path / "slices", {"train": ["01", "02"], "val": ["03"]},
+                                    n_slices={"01": 12, "02": 4, "03": 4}))
+    paired = Paired(state_of(flip=False, balance=balance), uneven, CPU, FP32)
+    for first in (0, 8):  # two passes of eight batches of two
+        rows = [row_of(uneven.t1w, image) for step in range(first, first + 8)
+                for image in paired._batch_of(step)[0][:, 0]]
+        large, small = sum(row < 12 for row in rows), sum(12 <= row < 16 for row in rows)
+        assert (large, small) == shares
+
+
 def test_passes_are_in_different_orders(store):
     taken = batches(Paired(state_of(flip=False), store, CPU, FP32), 18)
     first, second = (torch.cat([x for x, _ in part]) for part in (taken[:9], taken[9:]))

@@ -41,6 +41,46 @@ def test_a_pass_shows_almost_all_training_slices_of_both_domains_once(slices, dr
             assert set(seen) <= set(rows)
 
 
+@pytest.fixture
+def uneven(tmp_path):
+    """A store of three training subjects of 40, 6 and 17 slices, and one to validate."""
+    return SliceStore(write_store(tmp_path / "uneven", {"train": ["01", "02", "03"], "val": ["04"]},
+                                  n_slices={"01": 40, "02": 6, "03": 17, "04": 9}))
+
+
+@pytest.mark.parametrize("batch_size, world", [(1, 1), (4, 1), (2, 2)])
+def test_balanced_each_volume_is_shown_equally_often_and_by_and_by_each_of_its_slices(
+        batch_size, world, uneven):
+    loaders = [UnpairedBatches(uneven, batch_size=batch_size, balanced=True, rank=r, world=world)
+               for r in range(world)]
+    a_third = loaders[0].steps_per_epoch * batch_size * world / 3
+    spans = uneven.spans("train")
+    for domain in (0, 1):
+        passes = [np.concatenate([a_pass(loader, epoch)[domain] for loader in loaders])
+                  for epoch in range(30)]
+        for seen in passes:
+            for first, count in spans:
+                own = seen[(seen >= first) & (seen < first + count)]
+                assert abs(len(own) - a_third) <= 3  # a pass leaves out what fills no step
+                times = np.bincount(own - first, minlength=count)
+                assert times.max() <= -(-21 // count) + 1  # spread over all its slices
+        often = np.bincount(np.concatenate(passes))
+        assert set(np.flatnonzero(often)) == set(uneven.rows("train"))
+        for first, count in spans:
+            own = often[first:first + count]
+            assert own.min() > 0.5 * own.mean() and own.max() < 1.6 * own.mean()
+
+
+def test_balanced_draws_too_depend_on_seed_epoch_and_step_alone(uneven):
+    forwards, again = (UnpairedBatches(uneven, batch_size=3, balanced=True) for _ in range(2))
+    rows = a_pass(forwards, 2)
+    list(again.rows(2, step) for step in reversed(range(again.steps_per_epoch)))
+    np.testing.assert_array_equal(a_pass(again, 2), rows)
+    other = UnpairedBatches(uneven, batch_size=3, balanced=True, seed=1)
+    assert not np.array_equal(a_pass(other, 2), rows)
+    assert not np.array_equal(*rows)  # each domain in its own order
+
+
 def test_each_domain_has_its_own_order_so_pairs_meet_by_chance_only(slices, drawn):
     batches = UnpairedBatches(slices, batch_size=1)
     met = [np.equal(*a_pass(batches, epoch)).sum() for epoch in range(40)]
