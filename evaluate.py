@@ -34,6 +34,7 @@ from tqdm import tqdm
 import console
 from ceiling import train_ceiling
 from data import bids, brain
+from data.bias import bias_correction_of
 from data.slices import paired_slices, paired_subjects
 from data.store import SPLITS, SliceStore, read_skipped, write_atomically
 from data.tissues import find_lesions, find_tissues, lesion_slices, tissue_slices
@@ -154,6 +155,7 @@ def prepare_store(args: argparse.Namespace, state: dict[str, Any], process: Proc
                "--spacing", str(record["spacing_mm"]),
                "--min-brain-area", str(record["min_brain_area"]),
                "--brain-extraction", named, *(["--tta"] if tta else []),
+               "--bias-correction", bias_correction_of(record),
                "--device", args.device]
     done = subprocess.run(command, check=False)
     if done.returncode not in (console.DONE, console.LEFT_OUT):

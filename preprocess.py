@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import console
 from data import bids, brain, shards, store
+from data.bias import CORRECTIONS
 from data.bids import Subject
 from data.hdbet import ensure_weights
 from data.ledger import Ledger, merge_sources
@@ -145,6 +146,9 @@ def _add_pipeline(p: argparse.ArgumentParser, defaults: Settings) -> None:
                      help="hd-bet and deepbet run a network on T1w, mask reads "
                           "*_desc-brain_mask.nii.gz, none takes extracted volumes "
                           "(default: hd-bet; mask for --simulate)")
+    how.add_argument("--bias-correction", choices=CORRECTIONS, default=defaults.bias_correction,
+                     help="n4 evens out the scanner's brightness inside the brain, some 5 s a "
+                          "subject; its slices cannot be turned back into scanner units")
     how.add_argument("--tta", action="store_true",
                      help="test-time augmentation in hd-bet: a little better, eight times as long")
     how.add_argument("--brain-ml", type=float, nargs=2, default=defaults.brain_ml,
@@ -225,7 +229,7 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
     `everybody` and `job` are those of all shards.
     """
     settings = Settings(args.size, args.spacing, args.min_brain_area, tuple(args.brain_ml),
-                        args.seed)
+                        args.seed, args.bias_correction)
     header = {**settings.record(), "split": [float(s) for s in args.split]}
     choice = {"split": list(args.split), "val": args.val, "test": args.test,
               "brain_extraction": _method(args), "brain_ml": list(args.brain_ml), "of": job}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data import bids, brain, contrast
+from data.bias import bias_correction_of
 from data.volume import (Grid, IntensityScale, Placement, Volume, crop_or_pad, fit_scale, grid_of,
                          image_like, place, resample, restore, slicing_grid, to_slices,
                          volume_from_image)
@@ -347,7 +348,7 @@ def cut(volume: Volume, mask: np.ndarray, record: dict[str, Any], phase: float =
     ----------
     volume : the scan
     mask : (I, J, K) bool, its brain
-    record : a checkpoint's preprocessing record (`size`, `spacing_mm`)
+    record : a checkpoint's preprocessing record (`size`, `spacing_mm`, `intensity`)
     phase : how far between their places slices are cut, in slices
     """
     grid = slicing_grid(volume, record["spacing_mm"])
@@ -357,7 +358,8 @@ def cut(volume: Volume, mask: np.ndarray, record: dict[str, Any], phase: float =
         grid = Grid(grid.shape, affine)
     on_grid = resample(mask, volume.affine, grid, nearest=True)
     slices, placement = place(resample(volume.data, volume.affine, grid), on_grid, grid,
-                              record["size"], path=volume.path)
+                              record["size"], path=volume.path,
+                              bias_correction=bias_correction_of(record))
     return Cut(slices, on_grid, placement)
 
 

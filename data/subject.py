@@ -37,6 +37,7 @@ class Settings:
     min_brain_area : a slice is kept if its brain covers at least this share of the largest slice's
     brain_ml : volumes in millilitres believed of a brain mask
     seed : of the registration's samples
+    bias_correction : of `bias.CORRECTIONS`, on the slicing grid, inside the brain
     """
 
     size: int = 128
@@ -44,13 +45,17 @@ class Settings:
     min_brain_area: float = 0.25
     brain_ml: tuple[float, float] = brain.ADULT_ML
     seed: int = 0
+    bias_correction: str = "none"
 
     def record(self) -> dict:
         """What a store's header and a checkpoint keep: plain numbers and words."""
+        # not there without one, as in stores and checkpoints of before there was a choice
+        corrected = ({} if self.bias_correction == "none"
+                     else {"bias_correction": self.bias_correction})
         return {"size": self.size, "spacing_mm": self.spacing_mm,
                 "min_brain_area": self.min_brain_area, "seed": self.seed,
                 "intensity": {"rule": "zero to -1, percentile inside the brain to 1, clipped",
-                              "upper_percentile": UPPER_PERCENTILE}}
+                              "upper_percentile": UPPER_PERCENTILE, **corrected}}
 
 
 def sha256(path: Path) -> str:
@@ -76,7 +81,10 @@ def recipe(subject: Subject, method: str, settings: Settings, *,
     known = hashes or {}
     t1w, t2w = (known.get(path) or sha256(path) for path in (subject.t1w, subject.t2w))
     mask = sha256(brain_mask_path(subject)) if method == "mask" else ""
-    text = json.dumps([PIPELINE, t1w, t2w, mask, method, asdict(settings)])
+    decisive = asdict(settings)
+    if settings.bias_correction == "none":  # parts of before there was a choice are still good
+        del decisive["bias_correction"]
+    text = json.dumps([PIPELINE, t1w, t2w, mask, method, decisive])
     return t1w, t2w, hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -182,8 +190,9 @@ def _cut(t1w: _Laid, t2w: Volume, placed: Registration, settings: Settings,
     if coverage < MIN_COVERAGE:
         raise ValueError(f"{t2w.path}: covers {coverage:.0%} of the brain in {t1w.path.name}; "
                          "leave the pair out")
-    x, x_place = place(x_data, seen, grid, settings.size, path=t1w.path)
-    y, y_place = place(y_data, seen, grid, settings.size, path=t2w.path)
+    (x, x_place), (y, y_place) = (
+        place(data, seen, grid, settings.size, path=path, bias_correction=settings.bias_correction)
+        for data, path in ((x_data, t1w.path), (y_data, t2w.path)))
     frame = to_slices(crop_or_pad(seen, x_place.centre, settings.size, fill=False))
     keep = slices_kept(frame, settings.min_brain_area)
     blank = [np.all(kept == kept[:, :1, :1], axis=(1, 2)) for kept in (x[keep], y[keep])]

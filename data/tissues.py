@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data import brain
+from data.bias import bias_correction_of
 from data.bids import Subject, find_subjects, parse_name
 from data.store import SliceStore
 from data.subject import Settings, prepare_with, sha256
@@ -102,7 +103,7 @@ def _cut_alike(store: SliceStore, row: dict[str, Any], subject: Subject,
     """Cut maps as the session's scans were: (n, len(maps), H, W) float32."""
     header = store.header
     settings = Settings(header["size"], header["spacing_mm"], header["min_brain_area"], ANY_ML,
-                        header["seed"])
+                        header["seed"], bias_correction_of(header))
     method = row["brain_extraction"]
     extractor = None if method == "mask" else brain.make_extractor(method)
     part, cut = prepare_with(maps, subject, method, settings, extractor)
