@@ -46,9 +46,10 @@ class TrainConfig:
 
     What differs from the paper, and why (figures: benchmarks/RECIPES.md): background is kept
     (`keep_background`) and so are edges (`lambda_structure`); a first guess leads the first slices
-    (`start_pairs`); slices are deformed (`deform`) and drawn so that volumes count alike (`balance`); the identity weight is 0.1 (T1w and T2w
-    contrast is inverted, and on real heads a weight of 5 taught copying); G and F are averaged for
-    use (`ema`). `--recipe paper` undoes it all.
+    (`start_pairs`); slices are deformed (`deform`) and drawn so that volumes count alike
+    (`balance`); the identity weight is 0.1 (T1w and T2w contrast is inverted, and on real heads a
+    weight of 5 taught copying); G and F are averaged for use (`ema`). `--recipe paper` undoes it
+    all.
     """
 
     slices: str = "slices"

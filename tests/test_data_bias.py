@@ -1,4 +1,4 @@
-"""N4: an uneven brightness that was put on goes away, and nothing changes where none is asked for."""
+"""N4: an uneven brightness goes away, and nothing changes where none is asked for."""
 
 import json
 
