@@ -280,6 +280,25 @@ def test_augmentation_depends_on_seed_step_and_rank_alone(options):
     assert torch.equal(torch.stack(untouched), torch.stack([real_x, real_y]))
 
 
+@pytest.mark.parametrize("options, shares", [((), (8, 8)), (("--no-balance",), (12, 4))])
+def test_volumes_are_seen_equally_often_unless_told_otherwise(
+        options, shares, run, tmp_path, monkeypatch):
+    uneven = write_store(tmp_path / "uneven", {"train": ["01", "02"], "val": ["03"]},
+                         n_slices={"01": 12, "02": 4, "03": 4})
+    seen = []
+
+    class Recording(UnpairedBatches):
+        def rows(self, epoch, step):
+            seen.append(super().rows(epoch, step))
+            return seen[-1]
+
+    monkeypatch.setattr(train, "UnpairedBatches", Recording)
+    assert run("--steps-per-epoch", 16, "--max-steps", 16, "--workers", 0, "--batch-size", 1,
+               *options, store=uneven).code == 0
+    for rows in map(np.concatenate, zip(*seen[:16], strict=True)):
+        assert (int((rows < 12).sum()), int((rows >= 12).sum())) == shares
+
+
 # -------------------------------------------------------------------------------- schedule
 
 
