@@ -404,7 +404,8 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
                                                 "intensity_distance", "cycle_error")
     volumes = ("ssim", "psnr_db", "slice_consistency", *(["contrast_order"] * bool(work.tissues)))
     page = evaluation_page(
-        summary, {"In the brain": table(summary, ["brain"], (*main, "checkerboard"), "\n"),
+        summary, {"In the brain": table(summary, ["brain", "rescaled"], (*main, "checkerboard"),
+                                         "\n"),
                   "Other figures in the brain": table(summary, ["brain"], others, "\n"),
                   "Volumes": table(summary, ["volume"], volumes, "\n"),
                   "Protocols of other papers": table(summary, ["slice", "box"], main, "\n")},

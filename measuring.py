@@ -3,7 +3,9 @@
 Joins the slice store, the nets and `losses/`; `evaluate.py` decides on whom and writes it down.
 
 Protocols: `brain` (inside the mask), `slice` (the whole stored slice), `box` (cropped to the
-brain's box, 128 x 128) for slices, `volume` for all slices of a session put together.
+brain's box, 128 x 128), `rescaled` (as `brain`, a session's real and translated slices each divided
+by their own 99.5th percentile in the brain) for slices, `volume` for all slices of a session put
+together.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from losses.contrast import contrast_order
 
 DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
 BACK = {"t1w-to-t2w": "t2w-to-t1w", "t2w-to-t1w": "t1w-to-t2w"}
-PROTOCOLS = ("brain", "slice", "box", "volume")
+PROTOCOLS = ("brain", "slice", "box", "rescaled", "volume")
 # methods that are measured; a checkpoint is "model"
 MODEL, FLOOR, TABLE, CEILING = "model", "floor", "table", "ceiling"
 METHODS = {MODEL: "translated", FLOOR: "floor: copied input", TABLE: "look-up table",
            CEILING: "ceiling: paired training"}
+TOP_PERCENTILE = 99.5  # as preprocess.py scales volumes
 PURE = 0.9  # share of a voxel from which it counts as of one tissue
 PSNR_CAP_DB = 100.0  # of slices that agree to the last bit: infinity has no mean
 
@@ -55,7 +58,7 @@ class Metric:
 METRICS = {
     "ssim": Metric("SSIM", 3, True, PROTOCOLS),
     "psnr_db": Metric("PSNR (dB)", 2, True, PROTOCOLS),
-    "mae": Metric("MAE", 4, False, ("brain", "slice", "box")),
+    "mae": Metric("MAE", 4, False, ("brain", "slice", "box", "rescaled")),
     "ms_ssim": Metric("MS-SSIM", 3, True),
     "ncc": Metric("NCC", 3, True),
     "gradient_similarity": Metric("gradient similarity", 3, True),
@@ -190,11 +193,13 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
                       if method.kind == MODEL else None)
             ids = {"direction": direction, "id": session["id"], "method": method.kind,
                    "ckpt": method.ckpt}
+            tops = own_top(target, mask), own_top(fake, mask)
             for first in range(0, len(source), batch_size):
                 part = slice(first, first + batch_size)
                 figures = measure_slices(
                     source[part].to(device), target[part].to(device), fake[part].to(device),
-                    mask[part].to(device), None if cycled is None else cycled[part].to(device))
+                    mask[part].to(device), None if cycled is None else cycled[part].to(device),
+                    tops=tops)
                 for protocol, values in figures.items():
                     for i in range(len(source[part])):
                         records.append({**ids, "protocol": protocol,
@@ -216,9 +221,21 @@ def in_batches(translate: Translate, slices: Tensor, batch_size: int) -> Tensor:
                       for first in range(0, len(slices), batch_size)])
 
 
+def own_top(slices: Tensor, mask: Tensor) -> float:
+    """The 99.5th percentile of a session's slices (N, 1, H, W) in [-1, 1] in the brain, in [0, 1].
+
+    At least 0.01, so that an empty translation stays empty.
+    """
+    return max(float(np.percentile((slices[mask].numpy() + 1) / 2, TOP_PERCENTILE)), 0.01)
+
+
 def measure_slices(source: Tensor, target: Tensor, fake: Tensor, mask: Tensor,
-                   cycled: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
-    """All figures of slices, protocol to metric to (N,); images (N, 1, H, W) in [-1, 1]."""
+                   cycled: Tensor | None = None, *,
+                   tops: tuple[float, float] = (1.0, 1.0)) -> dict[str, dict[str, Tensor]]:
+    """All figures of slices, protocol to metric to (N,); images (N, 1, H, W) in [-1, 1].
+
+    `tops` are what becomes 1 under `rescaled`, of the session's target and of its translation.
+    """
     given, real, image = ((v + 1) / 2 for v in (source, target, fake))
     figures = quality.measure(image, real, mask)
     figures["brain"] |= {
@@ -228,6 +245,10 @@ def measure_slices(source: Tensor, target: Tensor, fake: Tensor, mask: Tensor,
         "intensity_distance": quality.intensity_distance(image, real, mask),
         "from_input": quality.mae(image, given, mask),
     }
+    own_real, own_image = ((v / top).clamp(0, 1) for v, top in zip((real, image), tops))
+    figures["rescaled"] = {name: of(own_image, own_real, mask) for name, of in
+                           (("ssim", quality.ssim), ("psnr_db", quality.psnr_db),
+                            ("mae", quality.mae))}
     if min(image.shape[2:]) >= quality.CHECKERBOARD_SIDE:
         figures["brain"]["checkerboard"] = quality.checkerboard(image, real, mask)
     if cycled is not None:

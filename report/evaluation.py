@@ -12,7 +12,9 @@ from report.viewer import Stack, viewer
 
 PROTOCOLS_NOTE = (
     "brain: inside the brain mask. slice: the whole stored slice with background. box: cropped "
-    "to the brain's box, resized to 128 x 128. volume: all slices of a session as one, inside the "
+    "to the brain's box, resized to 128 x 128. rescaled: as brain, the subject's real and "
+    "translated slices each divided by their own 99.5th percentile there, which leaves gain out. "
+    "volume: all slices of a session as one, inside the "
     "mask. Images in [0, 1], data range 1. Floor: the input itself taken for the translation. "
     "Look-up table: the best that each pixel's intensity alone can tell, fitted on the training "
     "subjects. Slice consistency: differences between neighbouring slices as a share of the real "
