@@ -400,12 +400,12 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     text = json.dumps(summary, indent=1, allow_nan=False)
     write_atomically(args.out / "summary.json", (text + "\n").encode())
     rows = comparison_rows(compared)
-    main, others = ("ssim", "psnr_db", "mae"), ("ms_ssim", "ncc", "gradient_similarity",
-                                                "intensity_distance", "cycle_error")
+    main = "ssim", "psnr_db", "mae"
+    others = ("rescaled_ssim", "rescaled_psnr_db", "ms_ssim", "ncc", "gradient_similarity",
+              "intensity_distance", "cycle_error")
     volumes = ("ssim", "psnr_db", "slice_consistency", *(["contrast_order"] * bool(work.tissues)))
     page = evaluation_page(
-        summary, {"In the brain": table(summary, ["brain", "rescaled"], (*main, "checkerboard"),
-                                         "\n"),
+        summary, {"In the brain": table(summary, ["brain"], (*main, "checkerboard"), "\n"),
                   "Other figures in the brain": table(summary, ["brain"], others, "\n"),
                   "Volumes": table(summary, ["volume"], volumes, "\n"),
                   "Protocols of other papers": table(summary, ["slice", "box"], main, "\n")},

@@ -3,9 +3,9 @@
 Joins the slice store, the nets and `losses/`; `evaluate.py` decides on whom and writes it down.
 
 Protocols: `brain` (inside the mask), `slice` (the whole stored slice), `box` (cropped to the
-brain's box, 128 x 128), `rescaled` (as `brain`, a session's real and translated slices each divided
-by their own 99.5th percentile in the brain) for slices, `volume` for all slices of a session put
-together.
+brain's box, 128 x 128) for slices, `volume` for all slices of a session put together. Rescaled
+figures leave gain out: a session's real and translated slices are each divided by their own 99.5th
+percentile in the brain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from losses.contrast import contrast_order
 
 DIRECTIONS = {"t1w-to-t2w": ("T1w", "T2w"), "t2w-to-t1w": ("T2w", "T1w")}
 BACK = {"t1w-to-t2w": "t2w-to-t1w", "t2w-to-t1w": "t1w-to-t2w"}
-PROTOCOLS = ("brain", "slice", "box", "rescaled", "volume")
+PROTOCOLS = ("brain", "slice", "box", "volume")
 # methods that are measured; a checkpoint is "model"
 MODEL, FLOOR, TABLE, CEILING = "model", "floor", "table", "ceiling"
 METHODS = {MODEL: "translated", FLOOR: "floor: copied input", TABLE: "look-up table",
@@ -58,7 +58,9 @@ class Metric:
 METRICS = {
     "ssim": Metric("SSIM", 3, True, PROTOCOLS),
     "psnr_db": Metric("PSNR (dB)", 2, True, PROTOCOLS),
-    "mae": Metric("MAE", 4, False, ("brain", "slice", "box", "rescaled")),
+    "mae": Metric("MAE", 4, False, ("brain", "slice", "box")),
+    "rescaled_ssim": Metric("SSIM, rescaled", 3, True),
+    "rescaled_psnr_db": Metric("PSNR, rescaled (dB)", 2, True),
     "ms_ssim": Metric("MS-SSIM", 3, True),
     "ncc": Metric("NCC", 3, True),
     "gradient_similarity": Metric("gradient similarity", 3, True),
@@ -211,7 +213,8 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
             if real_lesions:
                 of_lesions.append({**ids, **real_lesions.measure(direction, fake, method.kind)})
     for record in records:
-        record["psnr_db"] = min(record["psnr_db"], PSNR_CAP_DB)
+        for name in {"psnr_db", "rescaled_psnr_db"} & record.keys():
+            record[name] = min(record[name], PSNR_CAP_DB)
     return records, translated, of_lesions
 
 
@@ -234,7 +237,7 @@ def measure_slices(source: Tensor, target: Tensor, fake: Tensor, mask: Tensor,
                    tops: tuple[float, float] = (1.0, 1.0)) -> dict[str, dict[str, Tensor]]:
     """All figures of slices, protocol to metric to (N,); images (N, 1, H, W) in [-1, 1].
 
-    `tops` are what becomes 1 under `rescaled`, of the session's target and of its translation.
+    `tops` are what becomes 1 in rescaled figures, of the session's target and of its translation.
     """
     given, real, image = ((v + 1) / 2 for v in (source, target, fake))
     figures = quality.measure(image, real, mask)
@@ -246,9 +249,8 @@ def measure_slices(source: Tensor, target: Tensor, fake: Tensor, mask: Tensor,
         "from_input": quality.mae(image, given, mask),
     }
     own_real, own_image = ((v / top).clamp(0, 1) for v, top in zip((real, image), tops))
-    figures["rescaled"] = {name: of(own_image, own_real, mask) for name, of in
-                           (("ssim", quality.ssim), ("psnr_db", quality.psnr_db),
-                            ("mae", quality.mae))}
+    figures["brain"] |= {"rescaled_ssim": quality.ssim(own_image, own_real, mask),
+                         "rescaled_psnr_db": quality.psnr_db(own_image, own_real, mask)}
     if min(image.shape[2:]) >= quality.CHECKERBOARD_SIDE:
         figures["brain"]["checkerboard"] = quality.checkerboard(image, real, mask)
     if cycled is not None:

@@ -11,18 +11,17 @@ from report import figures, page
 from report.viewer import Stack, viewer
 
 PROTOCOLS_NOTE = (
-    "brain: inside the brain mask. slice: the whole stored slice with background. box: cropped "
-    "to the brain's box, resized to 128 x 128. rescaled: as brain, the subject's real and "
-    "translated slices each divided by their own 99.5th percentile there, which leaves gain out. "
-    "volume: all slices of a session as one, inside the "
+    "brain: inside the brain mask. slice: the whole stored slice with background. box: cropped to"
+    " the brain's box, resized to 128 x 128. volume: all slices of a session as one, inside the "
     "mask. Images in [0, 1], data range 1. Floor: the input itself taken for the translation. "
     "Look-up table: the best that each pixel's intensity alone can tell, fitted on the training "
     "subjects. Slice consistency: differences between neighbouring slices as a share of the real "
     "volume's, 1 is best. Contrast order: share of subjects whose CSF, grey and white matter are "
     "in T2w's order of brightness, or T1w's. Intensity distance: Wasserstein-1 between the "
-    "histograms in the brain. Cycle error: mean distance of the slice translated there and back. "
-    "Checkerboard: patterns of 2 and 4 pixels, as upsampling leaves them, over those of the real "
-    "slice; 1 is best."
+    "histograms in the brain. Rescaled: the subject's real and translated slices each divided by "
+    "their own 99.5th percentile in the brain, which leaves gain out. Cycle error: mean distance "
+    "of the slice translated there and back. Checkerboard: patterns of 2 and 4 pixels, as "
+    "upsampling leaves them, over those of the real slice; 1 is best."
 )
 LESIONS_NOTE = (
     "Lesions of the real scans: masks where they were given, else bright spots on T2w that are no "
