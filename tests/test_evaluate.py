@@ -495,11 +495,11 @@ def test_checkpoints_are_compared_by_paired_differences_over_subjects(compared):
     assert summary["ckpt"] == str(first) and found["ckpt"] == str(other)
     assert found["ckpt_sha256"] == checkpoint.fingerprint(other)
     written = {(r["direction"], r["metric"]): r for r in table(out / "comparison.csv")}
-    assert len(written) == 2 * 8
+    assert len(written) == 2 * 10
     for direction in DIRECTIONS:
         assert list(found["difference"][direction]) == [
-            "ssim", "psnr_db", "mae", "ms_ssim", "ncc", "gradient_similarity",
-            "intensity_distance", "cycle_error"]
+            "ssim", "psnr_db", "mae", "rescaled_ssim", "rescaled_psnr_db", "ms_ssim", "ncc",
+            "gradient_similarity", "intensity_distance", "cycle_error"]
         for metric, entry in found["difference"][direction].items():
             a, b = (by_subject(rows, ckpt, direction, metric) for ckpt in (first, other))
             assert list(a) == list(b) == ["painted_sub-01", "painted_sub-02"]
