@@ -41,7 +41,9 @@ class UnpairedBatches:
     strict : take T1w from one half of the subjects and T2w from the other (`halves`), so that no
         head is seen in both domains
     balanced : give each volume the same number of slices a pass, give or take one, however many it
-        has: those of few come several times, of those with many each pass takes others
+        has: those of few come several times (never twice in one step of all processes, unless the
+        volume has fewer slices than the step takes of it), of those with many each pass takes
+        others
 
     Raises
     ------
@@ -133,14 +135,17 @@ class UnpairedBatches:
 
     def _rows(self, epoch: int, turn: int, domain: int, first: int) -> np.ndarray:
         """Which of a domain's rows this process takes from place `first` of a pass on."""
-        places, slices = self._places(epoch, turn, domain, first), self._slices[domain]
+        slices = self._slices[domain]
         if not self._balanced:
-            return slices.rows(places)
+            return slices.rows(self._places(epoch, turn, domain, first, self._batch_size))
+        own = self._rank * self._batch_size
+        places = self._places(epoch, turn, domain, first - own, self._taken)  # all processes'
         drawn = np.random.SeedSequence([self._seed, epoch, turn, domain]).generate_state(1)[0]
-        return slices.balanced_rows(places, drawn / 2 ** 32)
+        rows = slices.apart(slices.balanced_rows(places, drawn / 2 ** 32))
+        return rows[own:own + self._batch_size]
 
-    def _places(self, epoch: int, turn: int, domain: int, first: int) -> np.ndarray:
-        """Which of a domain's slices, counted from 0, this process takes from place `first` on.
+    def _places(self, epoch: int, turn: int, domain: int, first: int, n_places: int) -> np.ndarray:
+        """Which of a domain's slices, counted from 0, come from place `first` of a pass on.
 
         Orders are kept a while: whole, or of a large split the part that `first` lies in.
         """
@@ -159,7 +164,7 @@ class UnpairedBatches:
             else:
                 found = scatter(np.arange(begin, min(begin + part, n)), n, seeds)
             self._orders[key] = found
-        return found[first - begin:first - begin + self._batch_size]
+        return found[first - begin:first - begin + n_places]
 
 
 class Spans:
@@ -190,6 +195,21 @@ class Spans:
         counts = self._counts[volume]
         inside = ((at - volume) * counts).astype(np.int64)
         return self._first[volume] + np.minimum(inside, counts - 1)
+
+    def apart(self, rows: np.ndarray) -> np.ndarray:
+        """These rows, where one that comes again gives way to the next free one of its volume."""
+        new = np.zeros(len(rows), bool)
+        new[np.unique(rows, return_index=True)[1]] = True
+        if new.all():
+            return rows
+        taken, rows = set(rows.tolist()), rows.copy()
+        for place in np.flatnonzero(~new):
+            volume = np.searchsorted(self._first, rows[place], side="right") - 1
+            first, count = int(self._first[volume]), int(self._counts[volume])
+            ahead = (first + (int(rows[place]) - first + k) % count for k in range(1, count))
+            rows[place] = next((row for row in ahead if row not in taken), rows[place])
+            taken.add(int(rows[place]))
+        return rows
 
 
 def scatter(places: np.ndarray, n: int, seeds: list[int]) -> np.ndarray:

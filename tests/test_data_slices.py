@@ -71,6 +71,22 @@ def test_balanced_each_volume_is_shown_equally_often_and_by_and_by_each_of_its_s
             assert own.min() > 0.5 * own.mean() and own.max() < 1.6 * own.mean()
 
 
+def test_balanced_no_process_of_a_step_sees_the_slice_of_another(uneven):
+    loaders = [UnpairedBatches(uneven, batch_size=3, balanced=True, rank=r, world=4)
+               for r in range(4)]
+    again = 0
+    for epoch in range(40):
+        for step in range(loaders[0].steps_per_epoch):
+            for rows in map(np.concatenate, zip(*(loader.rows(epoch, step)
+                                                   for loader in loaders))):
+                counts = [np.isin(rows, np.arange(first, first + n)).sum()
+                          for first, n in uneven.spans("train")]
+                few = counts[1]  # of the volume of six slices
+                assert len(set(rows)) == len(rows) - max(0, few - 6)
+                again += few > 2
+    assert again > 50  # such a step did happen
+
+
 def test_balanced_draws_too_depend_on_seed_epoch_and_step_alone(uneven):
     forwards, again = (UnpairedBatches(uneven, batch_size=3, balanced=True) for _ in range(2))
     rows = a_pass(forwards, 2)
