@@ -77,8 +77,8 @@ def test_balanced_no_process_of_a_step_sees_the_slice_of_another(uneven):
     again = 0
     for epoch in range(40):
         for step in range(loaders[0].steps_per_epoch):
-            for rows in map(np.concatenate, zip(*(loader.rows(epoch, step)
-                                                   for loader in loaders))):
+            of_all = (loader.rows(epoch, step) for loader in loaders)
+            for rows in map(np.concatenate, zip(*of_all)):
                 counts = [np.isin(rows, np.arange(first, first + n)).sum()
                           for first, n in uneven.spans("train")]
                 few = counts[1]  # of the volume of six slices
