@@ -16,6 +16,7 @@ CORRECTIONS = ("none", "n4")
 # The field is smooth: voxels of 8 mm find it as those of 3 mm do, in a tenth of the time.
 COARSE_MM = 8.0
 ITERATIONS, CONVERGED = (50, 50, 30), 1e-4
+MOST_NEGATIVE = 0.02  # leftovers of interpolation; more, and somebody has shifted the values
 FEWEST = 500  # coarse voxels of brain below which no field can be told from anatomy
 
 
@@ -40,7 +41,8 @@ def correct_n4(data: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray, *,
 
     Raises
     ------
-    ValueError : too little brain, or no field that is one (says which file)
+    ValueError : values below zero in the brain (a field multiplies, so zero must be no signal), too
+        little brain, or no field that is one (says which file)
     """
     def image(array: np.ndarray) -> sitk.Image:
         made = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
@@ -48,6 +50,10 @@ def correct_n4(data: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray, *,
         return made
 
     inside = mask & (data > 0)
+    negative = float((data[mask] < 0).mean()) if mask.any() else 0.0
+    if negative > MOST_NEGATIVE:
+        raise ValueError(f"{path}: {negative:.0%} of the brain is below zero, so zero is not \"no "
+                         "signal\" and N4 cannot tell a field; take --bias-correction none")
     whole = image(np.asarray(data, np.float32))
     steps = [max(1, min(round(COARSE_MM / mm), n // 4)) for mm, n in zip(spacing_mm, data.shape)]
     coarse, coarse_mask = (sitk.Shrink(each, steps)

@@ -69,6 +69,13 @@ def test_too_little_brain_is_refused_by_name(head):
         correct_n4(data, small, np.array(SPACING), path="a.nii")
 
 
+def test_values_that_somebody_shifted_are_refused_by_name(head):
+    data, mask = head
+    shifted = np.where(mask, data - np.median(data[mask]), 0)
+    with pytest.raises(ValueError, match="b.nii: .* below zero.*bias-correction none"):
+        correct_n4(shifted, mask, np.array(SPACING), path="b.nii")
+
+
 def test_without_it_records_and_recipes_are_those_of_before(tmp_path):
     assert "bias_correction" not in json.dumps(Settings().record())
     assert bias_correction_of(Settings().record()) == "none"
