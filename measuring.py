@@ -195,18 +195,10 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
                       if method.kind == MODEL else None)
             ids = {"direction": direction, "id": session["id"], "method": method.kind,
                    "ckpt": method.ckpt}
-            tops = own_top(target, mask), own_top(fake, mask)
-            for first in range(0, len(source), batch_size):
-                part = slice(first, first + batch_size)
-                figures = measure_slices(
-                    source[part].to(device), target[part].to(device), fake[part].to(device),
-                    mask[part].to(device), None if cycled is None else cycled[part].to(device),
-                    tops=tops)
-                for protocol, values in figures.items():
-                    for i in range(len(source[part])):
-                        records.append({**ids, "protocol": protocol,
-                                        "row": session["first_row"] + first + i,
-                                        **{name: float(v[i]) for name, v in values.items()}})
+            figures = in_parts(source, target, fake, mask, cycled, device, batch_size)
+            records += [{**ids, "protocol": protocol, "row": session["first_row"] + i, **values}
+                        for protocol, of_slices in figures.items()
+                        for i, values in enumerate(of_slices)]
             records.append({**ids, "protocol": "volume", "row": None,
                             **measure_volume(fake, target, mask, device),
                             **measure_order(fake, tissues, DIRECTIONS[direction][1])})
@@ -222,6 +214,21 @@ def in_batches(translate: Translate, slices: Tensor, batch_size: int) -> Tensor:
     """Translate any number of slices (N, 1, H, W); float32 on the CPU."""
     return torch.cat([translate(slices[first:first + batch_size]).float().cpu()
                       for first in range(0, len(slices), batch_size)])
+
+
+def in_parts(source: Tensor, target: Tensor, fake: Tensor, mask: Tensor, cycled: Tensor | None,
+             device: torch.device, batch_size: int) -> dict[str, list[dict[str, float]]]:
+    """`measure_slices` of a whole session, a batch at a time: protocol to each slice's figures."""
+    tops = own_top(target, mask), own_top(fake, mask)
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for first in range(0, len(source), batch_size):
+        part = slice(first, first + batch_size)
+        x, y, image, brain = (v[part].to(device) for v in (source, target, fake, mask))
+        back = None if cycled is None else cycled[part].to(device)
+        for protocol, values in measure_slices(x, y, image, brain, back, tops=tops).items():
+            found[protocol] += [{name: float(v[i]) for name, v in values.items()}
+                                for i in range(len(x))]
+    return found
 
 
 def own_top(slices: Tensor, mask: Tensor) -> float:
