@@ -16,7 +16,9 @@ CORRECTIONS = ("none", "n4")
 # The field is smooth: voxels of 8 mm find it as those of 3 mm do, in a tenth of the time.
 COARSE_MM = 8.0
 ITERATIONS, CONVERGED = (50, 50, 30), 1e-4
-MOST_NEGATIVE = 0.02  # leftovers of interpolation; more, and somebody has shifted the values
+# A few voxels below zero are leftovers of somebody's interpolation; more means that zero is no
+# longer "no signal" (a z-scored volume, say).
+NEGATIVE_SHARE = 0.02
 FEWEST = 500  # coarse voxels of brain below which no field can be told from anatomy
 
 
@@ -51,7 +53,7 @@ def correct_n4(data: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray, *,
 
     inside = mask & (data > 0)
     negative = float((data[mask] < 0).mean()) if mask.any() else 0.0
-    if negative > MOST_NEGATIVE:
+    if negative > NEGATIVE_SHARE:
         raise ValueError(f"{path}: {negative:.0%} of the brain is below zero, so zero is not \"no "
                          "signal\" and N4 cannot tell a field; take --bias-correction none")
     whole = image(np.asarray(data, np.float32))

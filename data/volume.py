@@ -25,7 +25,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from scipy import ndimage
 
-from data.bias import correct_n4
+from data.bias import NEGATIVE_SHARE, correct_n4
 
 try:  # ten times as fast as zlib, files 1 to 2 % larger
     from isal.igzip import IGzipFile as GzipWriter
@@ -40,9 +40,6 @@ MAX_VOXELS = 2 ** 29  # a whole head at 0.25 mm, the finest there is; more is a 
 MAX_SPARE = 2 ** 26  # bytes before the voxels (header extensions), or after them
 _MAX_DEFLATE = 1032  # zlib packs no tighter
 UPPER_PERCENTILE = 99.5
-# A few voxels below zero are leftovers of somebody's interpolation; more means that zero is no
-# longer "no signal" (a z-scored volume, say).
-NEGATIVE_SHARE = 0.02
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _BROKEN = (EOFError, OSError, MemoryError, zlib.error)  # what reading a damaged file raises
