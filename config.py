@@ -241,6 +241,10 @@ def _as_kind(value: Any, default: Any, where: str) -> Any:
 
 def _check_config(c: TrainConfig) -> None:
     """Refuse what would fail later, or never end."""
+    for name, allowed in CHOICES.items():  # argparse checks no values of a config file
+        if getattr(c, name) not in allowed:
+            raise ValueError(f"{flag(name)} {getattr(c, name)!r}: choose from "
+                             f"{', '.join(map(str, allowed))}")
     least = {"epochs": 0, "epochs_decay": 0, "steps_per_epoch": 0, "max_steps": 0, "batch_size": 1,
              "features": 1, "blocks": 0, "history_size": 0, "workers": 0, "log_every": 1, "seed": 0,
              "keep_best": 0, "lambda_identity": 0, "lambda_structure": 0, "lambda_start": 0,

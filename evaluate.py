@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -234,9 +235,12 @@ class Evaluation:
         if args.bids and (left_out := read_skipped(store.folder)):
             self.notes.append(f"{len(left_out)} sessions left out by preprocess.py, see "
                               f"{store.folder / 'skipped.tsv'}")
-        if not args.bids and args.split == "val" and any("t2w_ssim" in s["best"] for s in states):
-            self.notes.append("the val split chose which epoch became best.pt, so its figures are "
-                              "a little too good; those of new subjects are --split test")
+        judges = {person(i) for state in states if "t2w_ssim" in state["best"]
+                  for i in state["preprocessing"]["subjects"]["val"]}
+        if count := sum(person(s["id"]) in judges for s in sessions):
+            self.notes.append(f"{count} of {len(sessions)} sessions chose which epoch became "
+                              "best.pt, so their figures are a little too good; those of new "
+                              "subjects are --split test")
         args.out.mkdir(parents=True, exist_ok=True)
         self.methods = [self._translators(MODEL, state, str(path))
                         for path, state in zip(args.ckpt, states)]
@@ -430,9 +434,14 @@ def csv_tables(records: list[Record], per_subject: list[Record], lesions: list[R
 
 
 def _delete_others(out: Path, pictures: Collection[str], tables: Collection[str]) -> None:
-    """Delete what an earlier evaluation left there and this one has no counterpart of."""
-    for path in (*out.glob("comparison*"), *out.glob("training.*")):
-        if path.stem not in (tables if path.suffix == ".csv" else pictures):
+    """Delete what an earlier evaluation left there and this one has no counterpart of.
+
+    By the very names that evaluations write: `--out` may hold other files of the user's.
+    """
+    ours = re.compile(r"comparison\.csv|(comparison_\d+|training)\.(png|svg)")
+    for path in out.iterdir():
+        if (ours.fullmatch(path.name) and path.is_file()
+                and path.stem not in (tables if path.suffix == ".csv" else pictures)):
             path.unlink()
 
 

@@ -218,7 +218,8 @@ def find_resume(config: TrainConfig, args: argparse.Namespace,
 
     Raises
     ------
-    ValueError : options or data differ from the checkpoint's (names them)
+    ValueError : options or data differ from the checkpoint's (names them), or a run whose `last.pt`
+        is gone would be written over
     FileNotFoundError : `--resume` was given and there is nothing to resume
     """
     last = Path(args.resume) if args.resume else Path(config.run) / "last.pt"
@@ -226,6 +227,7 @@ def find_resume(config: TrainConfig, args: argparse.Namespace,
     if not last.exists() and before.exists():
         last = before  # killed between the two renames
     if not last.exists() and args.resume is None:
+        _refuse_to_write_over(Path(config.run))
         return None, last
     try:
         state = checkpoint.load(last, resume=True)
@@ -237,6 +239,20 @@ def find_resume(config: TrainConfig, args: argparse.Namespace,
     _check_options(config, args, state, last)
     _check_data(config, args, state, last, record)
     return state, last
+
+
+def _refuse_to_write_over(run: Path) -> None:
+    """Starting afresh would replace the `best.pt` and the logs of a run whose `last.pt` is gone."""
+    best = run / "best.pt"
+    if not best.exists():
+        return
+    try:
+        epochs = checkpoint.load(best)["epoch"]
+    except (OSError, ValueError):
+        epochs = math.inf  # whatever it is, it is not ours to replace
+    if epochs > 1:  # one that is killed in its first epoch leaves a best.pt and no last.pt, too
+        raise ValueError(f"{best}: is there and last.pt is not, so this run would start afresh and "
+                         "replace it; choose another --run, or move it away")
 
 
 def _check_options(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any],
@@ -257,19 +273,26 @@ def _check_options(config: TrainConfig, args: argparse.Namespace, state: dict[st
 
 def _check_data(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any], last: Path,
                 record: dict[str, Any]) -> None:
-    """Refuse slices made otherwise, and other subjects; add the subjects of before to `record`."""
+    """Refuse slices made otherwise, and other subjects; add the subjects of before to `record`.
+
+    With other validation subjects and `--override`, `best` in `state` begins anew.
+    """
     trained = state["preprocessing"]
     for name in ("size", "spacing_mm", "intensity"):
         if trained[name] != record[name]:
             raise ValueError(f"{config.slices}: made with {name} {record[name]}, {last} was "
                              f"trained on {trained[name]}; point to that store with --slices, or "
                              "choose another --run")
-    old, new = (set(r["subjects"]["train"]) for r in (trained, record))
-    if old != new and not args.override:
-        raise ValueError(f"{config.slices}: its train split differs from the one that {last} was "
-                         f"trained on, {sorted(old ^ new)[0]} for one; point to that store with "
-                         "--slices, add --override, or choose another --run")
-    record["subjects"]["train"] = sorted(old | new)  # evaluate.py refuses all that were ever seen
+    for split, used in (("train", "trained on"), ("val", "judged by")):
+        old, new = (set(r["subjects"][split]) for r in (trained, record))
+        if old != new and not args.override:
+            raise ValueError(f"{config.slices}: its {split} split differs from the one that {last} "
+                             f"was {used}, {sorted(old ^ new)[0]} for one; point to that store "
+                             "with --slices, add --override, or choose another --run")
+        if old != new and split == "val":  # figures of other heads are no bar for these
+            state["best"].update(t2w_ssim=-1.0, kept=[])
+        # evaluate.py refuses all that were ever trained on, and says which chose a checkpoint
+        record["subjects"][split] = sorted(old | new)
 
 
 def preprocessing_record(store: SliceStore) -> dict[str, Any]:

@@ -44,6 +44,16 @@ def test_a_file_gives_tuples_numbers_and_dashes_as_the_options_want_them(tmp_pat
     assert type(found["lr"]) is float and type(found["max_steps"]) is int
 
 
+@pytest.mark.parametrize("line", ['compile = "never"', 'precision = "fp23"', 'gan_loss = "lsgn"',
+                                  'upsample = "cubic"'])
+def test_a_file_is_held_to_the_words_that_the_line_is_held_to(tmp_path, line):
+    path = tmp_path / "c.toml"
+    path.write_text(line)
+    name, value = line.split(" = ")
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} '{value[1:-1]}': choose from"):
+        parse_args(["--config", str(path)])
+
+
 def test_a_runs_own_config_repeats_it(tmp_path):
     config = parse_args(["--lr", "1e-4", "--lambda-cycle", "3", "4", "--no-flip"])[0]
     path = tmp_path / "config.json"

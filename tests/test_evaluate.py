@@ -532,8 +532,14 @@ def test_a_comparison_of_before_does_not_stay(compared, store, tmp_path, unpaint
     shutil.copy(other, tmp_path / "best.pt")  # as it was sent elsewhere: no metrics.jsonl beside it
     names = {"comparison.csv", "comparison_1.png", "training.png", "training.svg"}
     assert names <= set(content(tmp_path / "e"))
+    theirs = {"comparison.py", "comparison_notes.md", "training.log", "comparison_1.svg.bak"}
+    for name in theirs:  # of the user's own
+        (tmp_path / "e" / name).write_text("kept")
+    (tmp_path / "e" / "comparison").mkdir()
     assert evaluated(tmp_path / "best.pt", store.folder, tmp_path / "e").code == 0
     assert not names & set(content(tmp_path / "e"))
+    assert all((tmp_path / "e" / name).read_text() == "kept" for name in theirs)
+    assert (tmp_path / "e" / "comparison").is_dir()
     assert "No metrics.jsonl beside the checkpoint" in (tmp_path / "e/report.html").read_text()
 
 
@@ -912,7 +918,16 @@ def test_the_order_of_tissues_is_told_where_they_are_known(small_store, segmente
 def test_a_split_that_chose_the_checkpoint_says_so(ckpt, store, results, tmp_path, unpainted):
     assert "chose which epoch" not in (results / "printed.txt").read_text()
     outcome = evaluated(ckpt, store.folder, tmp_path / "val", "--split", "val")
-    assert outcome.code == 0 and "note: the val split chose which epoch became best.pt" in (
+    assert outcome.code == 0 and "note: 1 of 1 sessions chose which epoch became best.pt" in (
         outcome.out + outcome.err)
     notes = json.loads((tmp_path / "val" / "summary.json").read_text())["notes"]
     assert [note for note in notes if "--split test" in note]
+
+
+def test_subjects_that_chose_the_checkpoint_are_known_in_another_stores_test_split(
+        ckpt, tmp_path, unpainted):
+    swapped = {"train": ["01", "02"], "val": ["04"], "test": ["03", "05"]}
+    write_store(tmp_path / "swapped", swapped, n_slices=N_SLICES)
+    outcome = evaluated(ckpt, tmp_path / "swapped", tmp_path / "e")
+    assert outcome.code == 0 and "note: 1 of 2 sessions chose which epoch became best.pt" in (
+        outcome.out + outcome.err)

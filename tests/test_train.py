@@ -823,6 +823,41 @@ def test_another_store_is_refused(run, tmp_path):
         f"painted_sub-0{k}" for k in (1, 2, 3, 6)]
 
 
+def test_other_validation_subjects_are_refused_or_judge_from_the_beginning(run, tmp_path):
+    run("--max-steps", 5)
+    others = write_store(tmp_path / "others", {**SPLITS, "val": ["06"], "test": ["04"]})
+    outcome = run("--max-steps", 10, store=others)
+    assert outcome.code == 2 and "its val split differs" in outcome.complaint
+    path = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(path, resume=True)
+    state["best"]["t2w_ssim"] = 0.999  # of heads that are easy, no bar for the new ones
+    checkpoint.save(path, state)
+    assert run("--max-steps", 10, "--override", store=others).code == 0
+    state = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert state["step"] == 10 and state["best"]["t2w_ssim"] < 0.999
+    assert state["preprocessing"]["subjects"]["val"] == [
+        "painted_sub-04", "painted_sub-05_ses-a", "painted_sub-05_ses-b", "painted_sub-06"]
+
+
+def test_a_run_whose_last_pt_is_gone_is_not_written_over(run, tmp_path):
+    run("--max-steps", 10)
+    folder = tmp_path / "run"
+    for path in folder.glob("last*.pt"):
+        path.unlink()
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    outcome = run("--max-steps", 5)
+    assert outcome.code == 2 and "best.pt: is there and last.pt is not" in outcome.complaint
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert run("--max-steps", 5, folder="another").code == 0
+
+
+def test_a_run_killed_in_its_first_epoch_begins_again(run, tmp_path):
+    run("--max-steps", 5)
+    for path in (tmp_path / "run").glob("last*.pt"):
+        path.unlink()  # best.pt is written just before it
+    assert run("--max-steps", 5).code == 0
+
+
 # ------------------------------------------------------------------------------------ stopping
 
 
