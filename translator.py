@@ -129,8 +129,12 @@ class Translator:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         # Weights in half precision give what autocast gives, to the bit, and on CPUs a fifth
-        # sooner: autocast takes each reflection padding to float32 and back.
-        nets = [net.to(self.precision) for net in checkpoint.load_generators(state, self.device)]
+        # sooner: autocast takes each reflection padding to float32 and back. As there the net is
+        # given float32: in bfloat16 the darkest brain is -1, too, and taken for background.
+        nets = checkpoint.load_generators(state, self.device)
+        for net in nets:
+            net.to(self.precision).encode.register_forward_pre_hook(
+                lambda _, slices: (slices[0].to(self.precision),))
         self.generators: dict[str, torch.nn.Module] = dict(zip(DIRECTIONS, nets))
         self._extraction, self._brain_ml, self._batch_size = brain_extraction, brain_ml, batch_size
         self._extractors: dict[str, brain.Extractor] = {}
@@ -262,7 +266,7 @@ class Translator:
         generator = self.generators[direction]
 
         def translate(batch: np.ndarray) -> np.ndarray:
-            there = torch.from_numpy(batch)[:, None].to(self.device, self.precision)
+            there = torch.from_numpy(batch)[:, None].to(self.device)
             with torch.inference_mode():
                 return generator(there).float().cpu().numpy()[:, 0]
 

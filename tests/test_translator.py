@@ -11,6 +11,7 @@ from torch import nn
 from data import contrast
 from data.volume import volume_from_image
 from models import checkpoint
+from models.generator import DARKEST
 from translator import Translator, Wanted, _share_out
 
 
@@ -223,6 +224,20 @@ def test_half_precision_gives_what_autocast_gives(ckpt):
     assert np.array_equal(made.net("t1w-to-t2w")(slices), wanted[:, 0].float().numpy())
     full = plain.net("t1w-to-t2w")(slices)
     assert 0 < np.abs(full - wanted[:, 0].float().numpy()).mean() < 0.02
+
+
+def test_the_darkest_brain_is_no_background_in_half_precision(tmp_path):
+    kept = write_checkpoint(tmp_path / "best.pt", config={"keep_background": True})
+    made = Translator(kept, device="cpu", precision="bf16")
+    plain = Translator(kept, device="cpu", precision="fp32")
+    slices = np.random.default_rng(0).random((5, 48, 48)).astype(np.float32)
+    slices[:, :10], slices[:, 10:14], slices[:, 14:18] = -1, DARKEST, -1 + 1e-5
+    for direction in ("t1w-to-t2w", "t2w-to-t1w"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            wanted = plain.generators[direction](torch.from_numpy(slices)[:, None])[:, 0].numpy()
+        found = made.net(direction)(slices)
+        assert np.array_equal(found, wanted)
+        assert np.array_equal(found == -1, slices == -1)
 
 
 def test_cores_that_work_side_by_side_give_what_one_gives(ckpt):
