@@ -37,7 +37,7 @@ from ceiling import train_ceiling
 from data import bids, brain
 from data.bias import bias_correction_of
 from data.slices import paired_slices, paired_subjects
-from data.store import SPLITS, SliceStore, read_skipped, write_atomically
+from data.store import SPLITS, SliceStore, read_skipped, scans_of, write_atomically
 from data.tissues import find_lesions, find_tissues, lesion_slices, tissue_slices
 from device import PRECISIONS, Process, autocast, choose_precision, first_speaks, start_process
 from measuring import (CEILING, DIRECTIONS, METHODS, METRICS, MODEL, PROTOCOLS, TABLE, Method,
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "first")
     data = p.add_argument_group("data")
     data.add_argument("--slices", type=Path, default=Path("slices"), help="the slice store")
-    data.add_argument("--split", choices=SPLITS, default="test", help="whose subjects are measured")
+    data.add_argument("--split", choices=SPLITS, help="whose subjects are measured (default: test)")
     data.add_argument("--bids", type=Path, nargs="+", metavar="DIR",
                       help="measure on all subjects of these BIDS trees instead, prepared as the "
                            "first checkpoint recorded (into slices/ in --out)")
@@ -107,9 +107,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--ckpt: one is named twice")
     if args.brain_extraction and not args.bids:
         raise ValueError("--brain-extraction: goes with --bids; a store has its own")
+    if args.split and args.bids:
+        raise ValueError(f"--split {args.split}: goes with --slices; of --bids all are measured")
+    args.split = args.split or "test"
     args.out = args.out or args.ckpt[0].parent / "evaluation"
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file; name a folder")
+    if (args.out / "store.json").exists():
+        raise ValueError(f"--out {args.out}: is a slice store, with a report of its own; name "
+                         "another folder")
     return args
 
 
@@ -174,22 +180,28 @@ def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
     ValueError : the store was made otherwise than a checkpoint's, the split is empty, or it has
         subjects that a checkpoint was trained on
     """
-    split = "test" if args.bids else args.split  # new scans are measured as a test is
+    split = args.split  # new scans are measured as a test is
     sessions = paired_subjects(store, split)
-    if args.bids:  # slices/ may hold those of an earlier --bids, too
-        trees = {bids.dataset_name(root) for root in args.bids}
-        sessions = [s for s in store.subjects if s["dataset"] in trees]
+    if args.bids:  # slices/ may hold those of an earlier --bids, too, of trees named alike
+        there = {found.id for root in args.bids for found in bids.find_subjects(root)[0]}
+        refused = read_skipped(store.folder)
+        sessions = [s for s in store.subjects if s["id"] in there and s["id"] not in refused]
+        if not sessions:
+            raise ValueError(f"--bids {' '.join(map(str, args.bids))}: no subject could be "
+                             f"prepared, see {store.folder / 'skipped.tsv'}")
     for path, state in zip(args.ckpt, states):
         trained = state["preprocessing"]
         for name in ("size", "spacing_mm", "intensity"):
             if trained[name] != store.header[name]:
                 raise ValueError(f"{store.folder}: made with {name} {store.header[name]}, {path} "
                                  f"was trained on {trained[name]}; make the store again alike")
-        seen = ({person(i) for i in trained["subjects"]["train"]}
-                & {person(s["id"]) for s in sessions})
-        if seen and split != "train":
+        seen = {person(i) for i in trained["subjects"]["train"]}
+        scans = set(trained.get("train_scans", ()))  # whatever their names are here
+        known = [person(s["id"]) for s in sessions
+                 if person(s["id"]) in seen or not scans.isdisjoint(scans_of(s))]
+        if known and split != "train":
             where = "among the scans in --bids" if args.bids else f"in the {split} split"
-            raise ValueError(f"{store.folder}: {min(seen)} is {where}, but {path} was trained on "
+            raise ValueError(f"{store.folder}: {min(known)} is {where}, but {path} was trained on "
                              "it; measure on subjects that it never saw")
     if not sessions:
         raise ValueError(f"{store.folder}: the {split} split has no subjects; name some with "
@@ -311,7 +323,8 @@ class Evaluation:
     def _measure(self, session: dict[str, Any]) -> Measured:
         device, batch_size = self.process.device, self.args.batch_size
         known = self.tissues.get(session["id"])
-        tissues = torch.from_numpy(tissue_slices(self.store, session, *known)) if known else None
+        tissues = (torch.from_numpy(tissue_slices(self.store, session, *known, str(device)))
+                   if known else None)
         records, translated, lesions = measure_session(
             self.store, session, self.methods, device, batch_size, tissues,
             self._real_lesions(session))
@@ -330,8 +343,8 @@ class Evaluation:
         if not self.args.lesions:
             return RealLesions(self.store, session)
         known = self.lesions.get(session["id"])
-        return (RealLesions(self.store, session, lesion_slices(self.store, session, *known))
-                if known else None)
+        return RealLesions(self.store, session, lesion_slices(
+            self.store, session, *known, str(self.process.device))) if known else None
 
     def beside(self, session: dict[str, Any],
                translated: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, ...]]:
@@ -425,7 +438,9 @@ def csv_tables(records: list[Record], per_subject: list[Record], lesions: list[R
     """The CSV files by name without ending; `comparison` only of several checkpoints."""
     tables = {"slices": records_csv((r for r in records if r["row"] is not None), "row", *METRICS,
                                     "from_input"),
-              "subjects": records_csv(per_subject, "n_slices", *METRICS),
+              "subjects": records_csv(  # of "volume" the count is of sessions, not of slices
+                  ({**r, "n_slices": ""} if r["protocol"] == "volume" else r for r in per_subject),
+                  "n_slices", *METRICS),
               "lesions": records_csv(lesions, *LESIONS,
                                      ids=[name for name in IDS if name != "protocol"])}
     if comparison_rows(compared):

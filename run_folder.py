@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ except ImportError:  # Windows: the user has to see to it that one run writes
     fcntl = None  # type: ignore[assignment]
 
 from config import BEFORE_THERE_WAS, FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig, flag, plain
-from data.store import SPLITS, SliceStore, write_atomically
+from data.store import SPLITS, SliceStore, scans_of, write_atomically
 from device import Process
 from models import checkpoint
 from report import progress
@@ -156,7 +157,9 @@ class RunLog:
             path.parent.mkdir(exist_ok=True)
             from torchvision.utils import save_image  # whose import would delay the first step
 
-            save_image(picture, path)
+            content = io.BytesIO()
+            save_image(picture, content, format="png")
+            write_atomically(path, content.getvalue())
 
     def moment(self, moment: progress.Moment) -> None:
         """Keep what the nets make of the fixed slices: a small file, histograms and pictures."""
@@ -293,6 +296,7 @@ def _check_data(config: TrainConfig, args: argparse.Namespace, state: dict[str, 
             state["best"].update(t2w_ssim=-1.0, kept=[])
         # evaluate.py refuses all that were ever trained on, and says which chose a checkpoint
         record["subjects"][split] = sorted(old | new)
+    record["train_scans"] = sorted({*trained.get("train_scans", ()), *record["train_scans"]})
 
 
 def preprocessing_record(store: SliceStore) -> dict[str, Any]:
@@ -301,6 +305,8 @@ def preprocessing_record(store: SliceStore) -> dict[str, Any]:
             "versions")
     return {**{key: store.header[key] for key in keys},
             "brain_extraction": sorted({s["brain_extraction"] for s in store.subjects}),
+            "train_scans": sorted({scan for s in store.subjects if s["split"] == "train"
+                                   for scan in scans_of(s)}),
             "subjects": {split: [s["id"] for s in store.subjects if s["split"] == split]
                          for split in SPLITS}}
 

@@ -422,6 +422,14 @@ def _refuse_others(folder: Path) -> None:
         read_skipped(folder)
 
 
+def scans_of(session: dict[str, Any]) -> list[str]:
+    """A session's T1w and T2w by the beginnings of their SHA-256, where the store has them.
+
+    So that a training subject is known again under another name.
+    """
+    return [digest[:16] for name in ("t1w_sha256", "t2w_sha256") if (digest := session.get(name))]
+
+
 def read_skipped(folder: Path) -> dict[str, str]:
     """Id to reason from `skipped.tsv`.
 

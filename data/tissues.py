@@ -7,17 +7,20 @@ they are cut anew, and only taken if T1w and T2w come out as stored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data import brain
 from data.bias import bias_correction_of
 from data.bids import Subject, find_subjects, parse_name
 from data.store import SliceStore
 from data.subject import Settings, prepare_with, sha256
+from data.volume import Volume
 
 LABELS = ("GM", "WM", "CSF")
 LESIONS = ("label-lesion_mask", "label-L_mask")  # BIDS's own abbreviation is L
@@ -72,14 +75,16 @@ def _map_of(subject: Subject, names: Sequence[str]) -> Path | None:
     return None
 
 
-def tissue_slices(store: SliceStore, row: dict[str, Any], subject: Subject,
-                  maps: list[Path]) -> np.ndarray:
+def tissue_slices(store: SliceStore, row: dict[str, Any], subject: Subject, maps: list[Path],
+                  device: str = "cpu") -> np.ndarray:
     """Shares of grey matter, white matter and CSF in a session's slices.
 
     Parameters
     ----------
     store, row : the session's row of its `subjects.tsv`
     subject, maps : from `find_tissues`
+    device : of a network that finds the brain; that of preprocess.py, since masks of another may
+        differ by single voxels
 
     Returns
     -------
@@ -89,25 +94,44 @@ def tissue_slices(store: SliceStore, row: dict[str, Any], subject: Subject,
     ------
     ValueError : the files do not give the slices that are stored
     """
-    return np.clip(_cut_alike(store, row, subject, maps), 0, 1)
+    return np.clip(_cut_alike(store, row, subject, maps, device), 0, 1)
 
 
-def lesion_slices(store: SliceStore, row: dict[str, Any], subject: Subject,
-                  maps: list[Path]) -> np.ndarray:
+def lesion_slices(store: SliceStore, row: dict[str, Any], subject: Subject, maps: list[Path],
+                  device: str = "cpu") -> np.ndarray:
     """(n, H, W) bool: the lesions in a session's slices; parameters, errors as `tissue_slices`."""
-    return _cut_alike(store, row, subject, maps)[:, 0] >= 0.5
+    return _cut_alike(store, row, subject, maps, device)[:, 0] >= 0.5
 
 
-def _cut_alike(store: SliceStore, row: dict[str, Any], subject: Subject,
-               maps: list[Path]) -> np.ndarray:
+@functools.lru_cache(maxsize=1)
+def _extractor(method: str, device: str) -> brain.Extractor:
+    """Loaded once for all sessions, as preprocess.py does: on a CPU one thread gives its bits."""
+    extract = brain.make_extractor(method, device=device)
+    if device != "cpu":
+        return extract
+
+    def by_one_thread(volume: Volume) -> np.ndarray:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return extract(volume)
+        finally:
+            torch.set_num_threads(threads)
+    return by_one_thread
+
+
+def _cut_alike(store: SliceStore, row: dict[str, Any], subject: Subject, maps: list[Path],
+               device: str) -> np.ndarray:
     """Cut maps as the session's scans were: (n, len(maps), H, W) float32."""
     header = store.header
     settings = Settings(header["size"], header["spacing_mm"], header["min_brain_area"], ANY_ML,
                         header["seed"], bias_correction_of(header))
     method = row["brain_extraction"]
-    extractor = None if method == "mask" else brain.make_extractor(method)
+    extractor = None if method == "mask" else _extractor(method, device)
     part, cut = prepare_with(maps, subject, method, settings, extractor)
     if part.row["rows_sha256"] != row["rows_sha256"]:
+        other = "" if method in ("mask", "none") else (
+            f", or choose the --device that found their brains (here: {device})")
         raise ValueError(f"{subject.t1w}: does not give the slices stored as {row['id']}; point to "
-                         "the scans that the store was made of")
+                         f"the scans that the store was made of{other}")
     return cut

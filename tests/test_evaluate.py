@@ -162,6 +162,7 @@ def test_the_subject_is_the_unit_of_the_summary(results):
 def test_the_table_of_subjects_has_the_means_of_their_slices(results):
     rows = table(results / "subjects.csv")
     assert len(rows) == 3 * 2 * 3 * 4  # subjects, directions, methods, protocols with volume
+    assert {r["n_slices"] for r in rows if r["protocol"] == "volume"} == {""}
     assert {(r["id"], r["n_slices"]) for r in rows if r["protocol"] != "volume"} == {
         ("painted_sub-04", 3), ("painted_sub-05", 5), ("painted_sub-06", 6)}
     slices = [s["ssim"] for s in table(results / "slices.csv") if s["id"].startswith(
@@ -782,6 +783,15 @@ def test_new_scans_go_through_the_checkpoints_own_pipeline(
     assert outcome.code == 0, outcome.err
     found = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert found["subjects"] == ["newer_sub-04"]
+    # of a tree of the same name what is there is measured, not what was there before
+    shutil.rmtree(root / "sub-06")
+    shutil.copytree(small_tree / "sub-04", root / "sub-04")
+    for path in (root / "sub-05").rglob("*_T2w.nii.gz"):
+        path.unlink()
+    outcome = evaluated(trained_on_heads, tmp_path / "none", tmp_path / "e", "--bids", root)
+    assert outcome.code == 0, outcome.err
+    again = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert again["subjects"] == ["new_sub-04"]
     # and without the training slices there is no table, which is said
     said = "look-up table not measured: no training slices like the checkpoint's"
     assert "table" not in found["t1w-to-t2w"] and said in outcome.out
@@ -794,6 +804,26 @@ def test_new_scans_of_a_subject_that_was_trained_on_are_refused(
     assert outcome.code == 2
     assert "heads_sub-01 is among the scans in --bids, but" in outcome.complaint
     assert not (tmp_path / "e" / "summary.json").exists()
+
+
+def test_a_subject_that_was_trained_on_is_known_under_another_name(
+        trained_on_heads, small_store, small_tree, tmp_path, unpainted):
+    for path in (small_tree / "sub-01").rglob("*.nii.gz"):
+        target = tmp_path / "other" / "sub-09" / "anat" / path.name.replace("sub-01", "sub-09")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    outcome = evaluated(trained_on_heads, small_store, tmp_path / "e", "--bids", tmp_path / "other")
+    assert outcome.code == 2
+    assert "other_sub-09 is among the scans in --bids, but" in outcome.complaint
+
+
+def test_a_split_is_of_a_store_and_a_store_is_no_place_for_results(ckpt, store, tmp_path):
+    outcome = evaluated(ckpt, store.folder, tmp_path / "e", "--bids", tmp_path, "--split", "val")
+    assert outcome.code == 2 and "--split val: goes with --slices" in outcome.complaint
+    before = sorted(p.name for p in store.folder.iterdir())
+    outcome = evaluated(ckpt, store.folder, store.folder)
+    assert outcome.code == 2 and "is a slice store" in outcome.complaint
+    assert before == sorted(p.name for p in store.folder.iterdir())
 
 
 def test_the_ceiling_of_new_scans_needs_the_training_slices(
