@@ -297,6 +297,9 @@ def plan_files(inputs: Sequence[Path], args: argparse.Namespace) -> list[Job]:
     """Jobs for single files; refuses now what could not work later."""
     jobs = []
     for source in inputs:
+        if source.is_dir():
+            raise ValueError(f"{source}: is a folder; name the volumes in it, or give a BIDS tree "
+                             f"as --bids {source}")
         if not source.is_file():
             raise FileNotFoundError(f"{source}: no such file; check the name")
         if not ENDING.search(source.name):

@@ -176,7 +176,8 @@ def test_nothing_is_written_where_any_input_cannot_work(command, tmp_path):
                       (tmp_path / "unknown.nii.gz", "say which it is with --direction"),
                       (tmp_path / "sub-01_T1w.mgz", "not a .nii or .nii.gz file"),
                       (tmp_path / "twice" / good.name, "another input would be written to"),
-                      (tmp_path, "no such file")):
+                      (tmp_path, f"is a folder; name the volumes in it, or give a BIDS tree as "
+                                 f"--bids {tmp_path}")):
         outcome = command(good, bad)
         assert outcome.code == 2 and said in outcome.complaint
         assert not (tmp_path / "out").exists()
