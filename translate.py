@@ -240,7 +240,7 @@ def export_nets(args: argparse.Namespace) -> int:
         path = args.out / f"{direction}{export.ENDINGS[args.export]}"
         export.export(nets[direction], record["size"], args.export, path)
         source, target = DIRECTIONS[direction]
-        write_record(path.with_suffix(".json"), {
+        write_record(path.with_name(path.name + ".json"), {  # each format has a record of its own
             "Description": f"{source} slices to synthetic {target} slices; not for diagnosis",
             "Format": args.export, "Input": export.INPUT, "Output": export.OUTPUT,
             "Shape": ["N", 1, record["size"], record["size"]], "DType": "float32",

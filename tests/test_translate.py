@@ -418,8 +418,8 @@ def test_both_nets_are_exported_with_what_they_take(command, ckpt, tmp_path, kin
     assert command("--export", kind).code == 0
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        f"{way}{end}" for way in ("t1w-to-t2w", "t2w-to-t1w") for end in (ending, ".json"))
-    about = json.loads((out / "t2w-to-t1w.json").read_text())
+        f"{way}{ending}{end}" for way in ("t1w-to-t2w", "t2w-to-t1w") for end in ("", ".json"))
+    about = json.loads((out / f"t2w-to-t1w{ending}.json").read_text())
     assert about["Shape"] == ["N", 1, 48, 48] and about["Range"] == [-1, 1]
     assert about["CheckpointSHA256"] == checkpoint.fingerprint(ckpt)
     slices = torch.rand(3, 1, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -435,8 +435,15 @@ def _load_program(path):
 
 def test_one_direction_can_be_exported_alone(command, tmp_path):
     assert command("--export", "torchscript", "--direction", "t2w-to-t1w").code == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["t2w-to-t1w.json",
-                                                                    "t2w-to-t1w.ts"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["t2w-to-t1w.ts",
+                                                                    "t2w-to-t1w.ts.json"]
+
+
+def test_two_formats_in_one_folder_keep_their_records(command, tmp_path):
+    for kind in ("torchscript", "torch-export"):
+        assert command("--export", kind, "--direction", "t2w-to-t1w").code == 0
+    for name, kind in (("t2w-to-t1w.ts", "torchscript"), ("t2w-to-t1w.pt2", "torch-export")):
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["Format"] == kind
 
 
 def test_the_choices_are_those_of_the_modules_that_import_torch():
