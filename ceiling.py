@@ -50,7 +50,11 @@ def train_ceiling(path: Path, state: dict[str, Any], store: SliceStore, device: 
     """
     paired = Paired(state, store, device, precision)
     if path.exists():
-        found = checkpoint.load(path)
+        try:
+            found = checkpoint.load(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: cannot be read ({error}); delete it, it is trained "
+                             "anew") from None
         if found.get("paired") != paired.about:
             raise ValueError(f"{path}: is not the ceiling of this checkpoint and store; delete it, "
                              "or choose another --out")

@@ -253,6 +253,12 @@ def test_one_of_many_processes_takes_a_finished_one_and_trains_none(store, done,
         run(tmp_path / "ceiling.pt", store, alone=False)
 
 
+def test_a_damaged_one_is_named_with_its_cure(store, done, tmp_path):
+    (tmp_path / "ceiling.pt").write_bytes(done.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="ceiling.pt: cannot be read .*; delete it"):
+        run(tmp_path / "ceiling.pt", store)
+
+
 @pytest.mark.parametrize("options", [{"slices_seen": 40}, {"features": 8}, {"seed": 1},
                                      {"lr": 0.1}, {"epochs": 7}])
 def test_the_ceiling_of_another_checkpoint_is_refused(store, done, options):
