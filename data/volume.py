@@ -40,6 +40,8 @@ MAX_VOXELS = 2 ** 29  # a whole head at 0.25 mm, the finest there is; more is a 
 MAX_SPARE = 2 ** 26  # bytes before the voxels (header extensions), or after them
 _MAX_DEFLATE = 1032  # zlib packs no tighter
 UPPER_PERCENTILE = 99.5
+FLAT = 1e-5  # a share of the brightest: what interpolation leaves of one value is below
+RIM = 2  # voxels, as far as an interpolation mixes the brain with its background
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _BROKEN = (EOFError, OSError, MemoryError, zlib.error)  # what reading a damaged file raises
@@ -473,9 +475,23 @@ def fit_scale(data: np.ndarray, mask: np.ndarray, *, upper: float = UPPER_PERCEN
     high = float(np.percentile(brain, upper))
     shifted = float((brain < 0).mean()) > NEGATIVE_SHARE
     low = float(np.percentile(brain, 100 - upper)) if shifted else 0.0
-    if not high - low > 1e-6 * max(abs(high), abs(low), 1e-30):
-        raise ValueError(f"{path}: the brain has no contrast (all about {high:g}); leave it out")
+    darkest, brightest = _bulk(data, mask)
+    if not min(high - low, brightest - darkest) > FLAT * max(abs(high), abs(low), 1e-30):
+        raise ValueError(f"{path}: the brain has no contrast (all about {brightest:.3g}); leave "
+                         "it out")
     return IntensityScale(low, high)
+
+
+def _bulk(data: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Between which values nine tenths of the brain lie, without its rim where it has a depth.
+
+    Along the rim an interpolation mixes the brain with what is around it, so that a brain of one
+    value has others there too.
+    """
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    core = ndimage.binary_erosion(mask[box], iterations=RIM)
+    darkest, brightest = np.percentile(data[box][core if core.any() else mask[box]], (5, 95))
+    return float(darkest), float(brightest)
 
 
 def scale(data: np.ndarray, mask: np.ndarray, by: IntensityScale) -> np.ndarray:

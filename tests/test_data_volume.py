@@ -470,6 +470,41 @@ def test_a_brain_without_contrast_and_an_empty_mask_are_refused_by_file_name():
         vol.fit_scale(data * 0, data > 1, path="x.nii")
 
 
+def blob(inside, outside=0.0):
+    """A ball of 40 mm radius on 2 mm voxels, its mask, and both on a coarser grid."""
+    affine = lay_affine((48, 48, 48), (2, 2, 2))
+    mask = np.linalg.norm(np.indices((48, 48, 48)) - 23.5, axis=0) < 20
+    data = np.where(mask, inside, outside).astype(np.float32)
+    grid = vol.Grid((30, 30, 30), lay_affine((30, 30, 30), (3.1, 3.1, 3.1), middle=(0.3, 0.2, 0.1)))
+    return (data, mask), (vol.resample(data, affine, grid),
+                          vol.resample(mask, affine, grid, nearest=True))
+
+
+@pytest.mark.parametrize("outside", [0, 90])
+def test_a_brain_of_one_value_is_refused_whatever_is_around_it_and_on_any_grid(outside):
+    for data, mask in blob(5, outside):
+        with pytest.raises(ValueError, match=r"x.nii: the brain has no contrast \(all about 5\)"):
+            vol.fit_scale(data, mask, path="x.nii")
+    (data, mask), _ = blob(5)
+    data[20:26, 20:23, 20:23] = 9  # 54 of 33 000 voxels: a speck is no contrast
+    with pytest.raises(ValueError, match="no contrast"):
+        vol.fit_scale(data, mask)
+    thin = np.zeros(mask.shape, bool)
+    thin[:, :, 24] = mask[:, :, 24]  # all rim
+    with pytest.raises(ValueError, match="no contrast"):
+        vol.fit_scale(np.where(thin, 5, 0).astype(np.float32), thin)
+
+
+def test_a_little_contrast_is_enough_for_a_scale_far_from_zero_or_of_two_values():
+    draws = np.random.default_rng(8)
+    (data, mask), _ = blob(1)
+    noisy = (10_000 + draws.uniform(0, 1, data.shape)).astype(np.float32)
+    assert vol.fit_scale(noisy, mask) == vol.IntensityScale(0, pytest.approx(10_001, abs=0.1))
+    two = np.where(draws.random(data.shape) < 0.1, 2, data).astype(np.float32)
+    assert vol.fit_scale(two, mask).high == 2
+    assert vol.fit_scale((1e-9 * two).astype(np.float32), mask).high == pytest.approx(2e-9)
+
+
 # ----------------------------------------------------------------------------- frame and slices
 
 
@@ -567,7 +602,7 @@ def test_restoring_keeps_the_rim_of_the_brain_free_of_background():
     affine = lay_affine(shape, (4, 4, 5), turn_deg=(0, 0, 12))
     ball = np.linalg.norm(apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)), axis=-1) < 45
     data = np.where(ball, 500, 0).astype(np.float32)
-    data[ball.nonzero()[0][0], ball.nonzero()[1][0], ball.nonzero()[2][0]] = 400
+    data[:18][ball[:18]] = 400
     grid = Grid(shape, affine)
     slices, placement = vol.place(data, ball, grid, 32)
     target = Grid((120, 120, 60), lay_affine((120, 120, 60), 1.4, turn_deg=(0, 0, 5)))
