@@ -48,6 +48,7 @@ NAME, VERSION = "T1w-T2w CycleGAN", "0.1.0"
 ENSEMBLE = 6  # looks of --ensemble: mirrored and not, each at the three places between slices
 FORMATS = ("onnx", "torchscript", "torch-export")  # of `models.export`, which imports torch
 SYNTHETIC, SCATTER, CYCLE = "synthetic", "syntheticSD", "cycleError"
+STARTED = {"Description": "unfinished: translate.py writes this volume, or was stopped in doing so"}
 
 
 def translate_volume(image: Any, ckpt: Any, direction: str = "auto", *, wanted: Wanted = Wanted(),
@@ -119,7 +120,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="checkpoint, best.pt as a rule")
     p.add_argument("--out", type=Path, default=Path("translated"), help="folder to write into")
     p.add_argument("--overwrite", action="store_true",
-                   help="make again what another checkpoint or other options have made there")
+                   help="write over what another checkpoint, other options or another program "
+                        "made there; an input is never written over")
     p.add_argument("--export", choices=FORMATS,
                    help="write the nets for other programs instead of translating")
     g = p.add_argument_group("volumes")
@@ -274,23 +276,34 @@ class Job:
     def is_done(self, described: dict[str, Any], overwrite: bool) -> bool:
         """Whether a run with the same checkpoint, options and source has made the files whole.
 
-        The record is written last: files without one are of a run that was killed.
+        Files whose record is `STARTED` are of a run that was killed, and are made again.
 
         Raises
         ------
-        ValueError : they were made otherwise, and may not be overwritten
+        ValueError : they were made otherwise, or not by us, and may not be overwritten
         """
-        found = read_record(sidecar(self.outputs[SYNTHETIC]))
-        if not found or not all(path.exists() for path in self.outputs.values()):
-            return False
-        same = all(found.get(key) == described[key] for key in ("CheckpointSHA256", "Settings"))
-        if same and found.get("Direction") == self.direction \
-                and self.source.is_file() and found.get("SourceSHA256") == sha256(self.source):
-            return True
-        if overwrite:
-            return False
-        raise ValueError(f"{self.outputs[SYNTHETIC]}: made with another checkpoint, other options "
-                         "or from another file; take another --out, or --overwrite")
+        found = {path: read_record(sidecar(path)) for path in self.outputs.values()}
+        alike = {"CheckpointSHA256": described["CheckpointSHA256"], "Direction": self.direction,
+                 "Settings": described["Settings"], "SourceSHA256": self._sha256_of_source()}
+        for path, record in found.items():
+            there = path.exists()
+            if record == STARTED:
+                continue
+            if "CheckpointSHA256" not in record and (there or sidecar(path).exists()):
+                fault = "is there already, and no record beside it says that translate.py made it"
+            elif there and any(record.get(key) != value for key, value in alike.items()):
+                fault = "made with another checkpoint, other options or from another file"
+            else:
+                continue
+            if overwrite:
+                return False
+            raise ValueError(f"{path}: {fault}; take another --out, or --overwrite")
+        return all(path.exists() and record != STARTED for path, record in found.items())
+
+    def _sha256_of_source(self) -> str:
+        """Of the source, once there is something made to compare it with."""
+        made = self.source.is_file() and any(path.exists() for path in self.outputs.values())
+        return sha256(self.source) if made else ""
 
 
 def plan_files(inputs: Sequence[Path], args: argparse.Namespace) -> list[Job]:
@@ -333,7 +346,14 @@ def outputs_of(source: Path, direction: str, folder: Path,
 
 
 def check_plan(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
-    """Refuse two inputs for one output, and one --match for two contrasts."""
+    """Refuse an input as output, two inputs for one output, and one --match for two contrasts."""
+    inputs = [job.source for job in jobs] + ([args.match] if args.match else [])
+    kept = {path.resolve() for source in inputs for path in (source, sidecar(source))}
+    for job in jobs:
+        for path in job.outputs.values():
+            if not kept.isdisjoint((path.resolve(), sidecar(path).resolve())):
+                raise ValueError(f"{job.source}: would be written to {path}, and that is one of "
+                                 "the inputs; take another --out")
     counts = Counter(job.outputs[SYNTHETIC] for job in jobs)
     for job in jobs:
         if counts[job.outputs[SYNTHETIC]] > 1:
@@ -408,10 +428,11 @@ def translate_job(job: Job, scan: tuple[Volume, Brain | None], translator: Trans
              CYCLE: (found.cycle_error, f"distance of the {start} from its translation to {end} "
                                         "and back, in [0, 1]"),
              SYNTHETIC: (data, f"{end} translated from {start}; synthetic, not for diagnosis")}
-    for path in job.outputs.values():  # the record of before goes first, it is the files' word
-        sidecar(path).unlink(missing_ok=True)
+    for path in job.outputs.values():  # a record is the files' word: that of before goes first
         derivatives.remove_parts(path)
         derivatives.remove_parts(sidecar(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(sidecar(path), STARTED)
     common = record_of(job, translator, found, described, scale)
     for what, (values, _) in parts.items():
         if what in job.outputs:

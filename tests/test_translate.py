@@ -15,6 +15,7 @@ from painted_scans import ON_CPU, scan, translator, write_checkpoint
 
 import device
 import translate
+from data.derivatives import write_record
 from models import checkpoint, export
 from translate import Translator, Wanted, parse_args, plan_files, translate_volume
 
@@ -271,7 +272,7 @@ def test_a_tree_goes_on_after_a_kill_and_ends_with_the_same_bytes(command, tree,
     again = command("--bids", tree, "--direction", "t1w-to-t2w")
     assert again.code == 0 and "3 of 3 volumes are there already" in again.out
     anat = out / "sub-01" / "anat"
-    (anat / "sub-01_desc-synthetic_T2w.json").unlink()  # killed before the record was written
+    write_record(anat / "sub-01_desc-synthetic_T2w.json", translate.STARTED)  # killed meanwhile
     (anat / ".sub-01_desc-synthetic_T2w.nii.gz.7.tmp").write_bytes(b"half")
     (out / "sub-02/ses-b/anat/sub-02_ses-b_desc-synthetic_T2w.nii.gz").unlink()
     untouched = out / "sub-02/ses-a/anat/sub-02_ses-a_desc-synthetic_T2w.nii.gz"
@@ -295,6 +296,72 @@ def test_what_was_made_otherwise_is_refused_or_made_again(command, tree, tmp_pat
     assert content(tmp_path / "out") != before
     t1w.write_bytes((tree / "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz").read_bytes())
     assert "from another file" in command(t1w, ckpt=other).complaint
+
+
+@pytest.mark.parametrize("step, whole", [("write_like", 1), ("write_record", 3)])
+def test_a_run_that_is_killed_at_any_step_goes_on_by_itself(command, tree, tmp_path, monkeypatch,
+                                                            step, whole):
+    options = tree / "sub-01/anat/sub-01_T1w.nii.gz", "--cycle-error"
+    command(*options, out="whole")
+    write, calls = getattr(translate, step), []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) > whole:
+            raise KeyboardInterrupt
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(translate, step, killed)
+        assert command(*options).code == 1
+    assert list((tmp_path / "out").glob("*.nii.gz"))
+    assert command(*options).code == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert "1 of 1 volumes are there already" in command(*options).out
+
+
+def test_a_file_of_somebody_elses_is_overwritten_only_where_that_is_said(command, tree, tmp_path):
+    t1w, out = tree / "sub-01/anat/sub-01_T1w.nii.gz", tmp_path / "out"
+    out.mkdir()
+    for name, text in (("sub-01_desc-synthetic_T2w.nii.gz", b"theirs"),
+                       ("sub-01_desc-cycleError_T1w.nii.gz", b"theirs"),
+                       ("sub-01_desc-synthetic_T2w.json", b'{"Manufacturer": "Siemens"}'),
+                       ("sub-01_desc-synthetic_T2w.json", b"{")):
+        (out / name).write_bytes(text)
+        outcome = command(t1w, "--cycle-error")
+        assert outcome.code == 2 and "no record beside it says" in outcome.complaint
+        assert content(out) == {name: text}
+        (out / name).unlink()
+    (out / "sub-01_desc-synthetic_T2w.nii.gz").write_bytes(b"theirs")
+    assert command(t1w, "--overwrite").code == 0
+    assert nib.load(out / "sub-01_desc-synthetic_T2w.nii.gz").shape == nib.load(t1w).shape
+
+
+def test_another_checkpoints_volume_stays_where_more_is_wanted_now(command, tree, tmp_path):
+    t1w = tree / "sub-01/anat/sub-01_T1w.nii.gz"
+    command(t1w)
+    before = content(tmp_path / "out")
+    other = write_checkpoint(tmp_path / "other.pt", spacing_mm=5.0)
+    outcome = command(t1w, "--cycle-error", ckpt=other)
+    assert outcome.code == 2 and "made with another checkpoint" in outcome.complaint
+    assert content(tmp_path / "out") == before
+
+
+def test_no_input_is_ever_an_output(command, tmp_path):
+    made, out = "sub-01_desc-synthetic_T2w", tmp_path / "out"
+    out.mkdir()
+    for name in ("sub-01_T1w.nii.gz", f"{made}.nii.gz", f"{made}.nii"):
+        scan((40, 48, 36), (4, 4, 4)).to_filename(out / name)
+    (out / f"{made}.json").write_text('{"Manufacturer": "Siemens"}')
+    (tmp_path / "link.nii.gz").symlink_to(out / f"{made}.nii.gz")
+    before = content(out)
+    t1w, ways = out / "sub-01_T1w.nii.gz", ("--direction", "t1w-to-t2w", "--force", "--overwrite")
+    for inputs in ([out / f"{made}.nii.gz"], [t1w, tmp_path / "link.nii.gz"],
+                   [t1w, "--match", out / f"{made}.nii.gz"],
+                   [out / f"{made}.nii"]):  # their JSON files are one
+        outcome = command(*inputs, *ways)
+        assert outcome.code == 2 and "that is one of the inputs" in outcome.complaint
+        assert content(out) == before
 
 
 def test_volumes_that_cannot_be_translated_are_named_and_the_others_made(command, tree, tmp_path):
