@@ -203,22 +203,25 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     derivatives.describe_dataset(args.out, name="Synthetic T1w and T2w volumes", source=args.bids,
                                  generator={"Name": NAME, "Version": VERSION})
-    left_out = 0
+    left_out: list[Exception] = []
     with logging_redirect_tqdm():
         for job in tqdm(waiting, unit="volume", desc="translate", disable=None):
             try:
                 translate_job(
                     job, reading.pop().result() if reading else open_scan(job.source, args),
                     translator, wanted_of(args), scale, described)
-            except NoExtractor:  # no volume's fault, and none would do better
-                raise
             except (ValueError, FileNotFoundError) as error:
-                if len(jobs) == 1:
+                no_net = isinstance(error, NoExtractor)
+                # of "auto" alone there may be extracted volumes to come, which need no net
+                if len(jobs) == 1 or no_net and args.brain_extraction != "auto":
                     raise
-                left_out += 1
-                log.warning("warning: left out: %s", " ".join(str(error).split()))
+                left_out.append(error)
+                text = f"{job.source}: {error}" if no_net else str(error)
+                log.warning("warning: left out: %s", " ".join(text.split()))
     if left_out:
-        log.warning("%d of %d volumes were left out", left_out, len(jobs))
+        if len(left_out) == len(jobs) and all(isinstance(e, NoExtractor) for e in left_out):
+            raise left_out[0]
+        log.warning("%d of %d volumes were left out", len(left_out), len(jobs))
     return console.LEFT_OUT if left_out else console.DONE
 
 

@@ -137,7 +137,7 @@ class Translator:
                 lambda _, slices: (slices[0].to(self.precision),))
         self.generators: dict[str, torch.nn.Module] = dict(zip(DIRECTIONS, nets))
         self._extraction, self._brain_ml, self._batch_size = brain_extraction, brain_ml, batch_size
-        self._extractors: dict[str, brain.Extractor] = {}
+        self._extractors: dict[str, brain.Extractor | NoExtractor] = {}
 
     def __call__(self, image: Any, direction: str, *, force: bool = False) -> Any:
         """Translate a nibabel image; the answer is one, on the same grid, float32 in [0, 1]."""
@@ -209,12 +209,16 @@ class Translator:
         return Brain(mask, mask, method)
 
     def _extractor(self, method: str) -> brain.Extractor:
+        """Load a method; one that cannot run is asked once, for a download's tries take minutes."""
         if method not in self._extractors:
             try:
                 self._extractors[method] = brain.make_extractor(method, device=str(self.device))
             except ValueError as error:
-                raise NoExtractor(str(error)) from None
-        return self._extractors[method]
+                self._extractors[method] = NoExtractor(str(error))
+        found = self._extractors[method]
+        if isinstance(found, NoExtractor):
+            raise NoExtractor(str(found))
+        return found
 
     def scale_of(self, volume: Volume, suffix: str, *, force: bool = False) -> IntensityScale:
         """The intensities of a reference volume: what 0 and 1 of a translation become.

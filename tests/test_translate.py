@@ -375,16 +375,45 @@ def test_volumes_that_cannot_be_translated_are_named_and_the_others_made(command
     assert again.code == 3 and "2 of 3 volumes are there already" in again.out
 
 
-def test_a_missing_extractor_ends_the_run_at_once(command, tmp_path, monkeypatch):
-    def missing(method, device):
+@pytest.fixture
+def missing(monkeypatch):
+    """No extractor can be made here; the methods that were asked for."""
+    asked = []
+
+    def make(method, device):
+        asked.append(method)
         raise ValueError(f"brain extraction {method}: no package")
 
-    monkeypatch.setattr("data.brain.make_extractor", missing)
-    for label in ("01", "02"):
+    monkeypatch.setattr("data.brain.make_extractor", make)
+    return asked
+
+
+def test_volumes_that_need_a_missing_net_are_left_out_and_the_others_made(command, tree, tmp_path,
+                                                                          missing):
+    for label in ("00", "03"):
+        write_pair(tree, label, extracted=False)
+    outcome = command("--bids", tree, "--direction", "t1w-to-t2w")
+    assert outcome.code == 3 and outcome.err == "" and missing == ["hd-bet"]
+    for label in ("00", "03"):
+        assert re.search(f"left out: .*sub-{label}_T1w.nii.gz: brain extraction hd-bet: no package",
+                         outcome.out)
+    assert "2 of 5 volumes were left out" in outcome.out
+    assert len(list((tmp_path / "out").rglob("*.nii.gz"))) == 3
+    again = command("--bids", tree, "--direction", "t1w-to-t2w")
+    assert again.code == 3 and "3 of 5 volumes are there already" in again.out
+
+
+@pytest.mark.parametrize("extraction, opened", [("auto", 3), ("deepbet", 1)])
+def test_a_missing_net_that_all_volumes_need_is_an_error(command, tmp_path, monkeypatch, missing,
+                                                         extraction, opened):
+    for label in ("01", "02", "03"):
         write_pair(tmp_path / "heads", label, extracted=False)
+    paths, read = [], translate.read_volume
+    monkeypatch.setattr(translate, "read_volume", lambda path: paths.append(path) or read(path))
     outcome = command("--bids", tmp_path / "heads", "--direction", "t1w-to-t2w",
-                      "--brain-extraction", "deepbet")
-    assert outcome.code == 2 and "deepbet: no package" in outcome.complaint
+                      "--brain-extraction", extraction)
+    assert outcome.code == 2 and "no package" in outcome.complaint
+    assert len(missing) == 1 and len(paths) == opened
 
 
 @pytest.mark.parametrize("options, said", [
