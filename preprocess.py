@@ -245,7 +245,7 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
         ledger = Ledger(args.out, _method(args), settings, source.missing)
         work(source, ledger, args, settings)
         header |= {"sources": source.describe(), "versions": _versions()}
-        record = Record(header, choice, ledger.made, ledger.skipped)
+        record = Record(header, choice, ledger.recipes, ledger.skipped)
         if args.shard:
             return _end_shard(args.out, args.shard, record)
         finish(args.out, record, before)
@@ -268,7 +268,7 @@ def merge(out: Path, folders: list[Path]) -> int:
         for tool, found in sorted(shards.differing_versions(folders).items()):
             log.warning("note: shards had %s %s", tool, " and ".join(sorted(found)))
         before = store.check_settings(out, record.header)
-        shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], record.recipes)
+        shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], _made(record))
         finish(out, record, before)
         shards.forget(out)
     return console.LEFT_OUT if record.skipped else console.DONE
@@ -305,7 +305,7 @@ def _use(folder: Path, out: Path, shard: Shard | None, keep: bool) -> Iterator[N
 def _end_shard(out: Path, shard: Shard, record: Record) -> int:
     shards.write_record(out, shard, record)
     log.info("shard %s: %d sessions in %s, %d skipped; when all %d are through: "
-             "python preprocess.py --merge [FOLDER ...] --out SLICES", shard, len(record.recipes),
+             "python preprocess.py --merge [FOLDER ...] --out SLICES", shard, len(_made(record)),
              out / store.PARTS, len(record.skipped), shard.n)
     for name in sorted(record.skipped):
         log.info("  %s: %s", name, record.skipped[name])
@@ -402,7 +402,7 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
             for name, outcome in outcomes.items():
                 progress.say(name, outcome.reason)
                 if outcome.reason:
-                    ledger.skip(name, outcome.reason)
+                    (ledger.refuse if outcome.is_lasting else ledger.skip)(name, outcome.reason)
             arrival.release({name: {"recipe": ledger.recipes[name], "reason": outcome.reason}
                              for name, outcome in outcomes.items()
                              if outcome.reason and outcome.is_lasting})
@@ -471,20 +471,28 @@ def make_parts(task: Task) -> dict[str, Outcome]:
 # ------------------------------------------------------------------------------------ finishing
 
 
+def _made(record: Record) -> dict[str, str]:
+    """Id to recipe of the sessions that are not left out."""
+    return {name: key for name, key in record.recipes.items() if name not in record.skipped}
+
+
 def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]:
     """Assign splits, pack the store if anything is new, draw it, print the closing table.
 
-    Returns the ids in the store. Parts of other runs (another tree, other settings) stay aside.
+    Returns the ids in the store. Parts of other runs (another tree, other settings) stay aside. A
+    stored session whose files are refused now leaves the store; one whose files could not be had
+    keeps its rows. So no id is both in the store and in `skipped.tsv`.
     """
     settled_rows = store.read_table(out / "subjects.tsv")
+    made, refused = _made(record), record.recipes.keys() & record.skipped.keys()
     fresh = {name: row for name, row in store.part_rows(out).items()
-             if record.recipes.get(name) == row["recipe"]}
-    rows = {row["id"]: row for row in settled_rows} | fresh
+             if made.get(name) == row["recipe"]}
+    rows = {row["id"]: row for row in settled_rows if row["id"] not in refused} | fresh
     if not rows:
         reason = next(iter(record.skipped.values()), "no subject was found")
         raise ValueError(f"no subject could be kept: {reason}"
                          + (f" (and {len(record.skipped) - 1} more)" if len(record.skipped) > 1
-                            else ""))
+                            else "") + (f"; {out} stays as it was" if settled_rows else ""))
     settled = {(r["dataset"], r["subject"]): r["split"] for r in settled_rows}
     splits, said = store.assign_splits(
         [(r["dataset"], r["subject"]) for r in rows.values()], record.choice["split"],
@@ -493,7 +501,7 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]
     ours = {*record.recipes, *record.skipped}
     reasons = {name: why for name, why in (store.read_skipped(out) if before else {}).items()
                if name not in ours}
-    reasons.update(record.skipped)
+    reasons = {name: why for name, why in {**reasons, **record.skipped}.items() if name not in rows}
     header = {**record.header,
               "sources": merge_sources((before or {}).get("sources", []), record.header["sources"],
                                        settled_rows, record.recipes)}
@@ -502,7 +510,11 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]
     if fresh or _differs(out, before, header, table, reasons):
         store.pack(out, header, table, reasons, fresh.keys())
     draw(out, again=False)
-    _print_table(out, record.skipped, said)
+    left = refused & {row["id"] for row in settled_rows}
+    said += [f"{name}: {why}; its rows of before stay" for name, why in record.skipped.items()
+             if name in rows]
+    _print_table(out, {name: why + ("; its rows have left the store" if name in left else "")
+                       for name, why in record.skipped.items() if name not in rows}, said)
     return set(rows)
 
 
