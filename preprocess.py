@@ -38,7 +38,7 @@ from data import bids, brain, shards, store
 from data.bias import CORRECTIONS
 from data.bids import Subject
 from data.hdbet import ensure_weights
-from data.ledger import Ledger, merge_sources
+from data.ledger import Ledger, merge_sources, of_rows, of_trees, refuse_namesakes
 from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
 from data.sources import Arrival, Person, Snapshots, Trees
@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.merge is not None:
         return merge(args.out, args.merge or [args.out])
     with open_source(args) as source:
+        trees = source.sessions if args.bids else []
         if limit := min(filter(None, (args.limit, args.simulate)), default=None):
             source.take(source.people[:limit], unpaired=False)
         everybody, job = source.people, source.identity()
@@ -219,14 +220,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.list:
             log.info("%s", "\n".join(source.listing()))
             return console.DONE
-        return build(args, source, everybody, job)
+        return build(args, source, everybody, job, trees)
 
 
 def build(args: argparse.Namespace, source: Source, everybody: list[Person],
-          job: dict[str, Any]) -> int:
+          job: dict[str, Any], trees: list[Subject]) -> int:
     """Make what is missing and pack it, or leave a shard's parts for `--merge`.
 
-    `everybody` and `job` are those of all shards.
+    `everybody` and `job` are those of all shards, `trees` all sessions of `--bids`, whatever
+    `--limit` and `--shard` take of them.
     """
     settings = Settings(args.size, args.spacing, args.min_brain_area, tuple(args.brain_ml),
                         args.seed, args.bias_correction)
@@ -240,6 +242,7 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
             store.recover(args.out)
         before = store.check_settings(args.out, header)
         check_names(args, everybody)
+        refuse_namesakes(args.out, of_trees(trees))
         for folder in source.folders:  # two runs would delete each other's files
             held.enter_context(_use(folder, args.out, args.shard, args.keep_downloads))
         ledger = Ledger(args.out, _method(args), settings, source.missing)
@@ -268,6 +271,9 @@ def merge(out: Path, folders: list[Path]) -> int:
         for tool, found in sorted(shards.differing_versions(folders).items()):
             log.warning("note: shards had %s %s", tool, " and ".join(sorted(found)))
         before = store.check_settings(out, record.header)
+        rows = [*store.read_table(out / "subjects.tsv"),
+                *(row for folder in folders for row in store.part_rows(folder).values())]
+        refuse_namesakes(out, of_rows(rows, _made(record)))
         shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], _made(record))
         finish(out, record, before)
         shards.forget(out)

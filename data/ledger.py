@@ -6,13 +6,16 @@ written by `data/store.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.bids import Subject
 from data.store import part_rows, read_header, read_table
-from data.subject import Settings, recipe
+from data.subject import Settings, recipe, sha256
 
 OLDER = "of_other_snapshots"  # in a source: ids whose rows are from another snapshot than the rest
 
@@ -111,6 +114,60 @@ class Ledger:
     def refuse(self, name: str, reason: str) -> None:
         """Leave out a session for what its files are now: rows of it leave the store."""
         self.skipped[name] = reason
+
+
+Found = tuple[str, str, Callable[[], set[str]]]  # dataset, id, what gives the hashes of its scans
+
+
+def refuse_namesakes(out: Path, found: Iterable[Found]) -> None:
+    """Stop where a tree only bears the name of one in the store, and would replace other people.
+
+    A tree may lie anywhere, grow, and have scans corrected. But where a stored session has two
+    other scans now and no stored session of its dataset has kept even one, this is another tree.
+
+    Raises
+    ------
+    ValueError : says which session
+    """
+    stored = {row["id"]: {row.get("t1w_sha256"), row.get("t2w_sha256")}
+              for row in read_table(out / "subjects.tsv")}
+    same: set[str] = set()
+    other: dict[str, str] = {}
+    for dataset, name, hashes in found:
+        if name in stored and dataset not in same:
+            now = hashes()  # of one session, as a rule
+            if now & stored[name]:
+                same.add(dataset)
+            elif len(now) == 2:
+                other.setdefault(dataset, name)
+    for dataset in sorted(other.keys() - same):
+        raise ValueError(
+            f"{out}: has {other[dataset]} and all else of '{dataset}' from other scans than these; "
+            "another tree of that name? Rename its folder, which names the dataset; or, if all "
+            "scans of the same people were made anew, choose another --out")
+
+
+def of_trees(sessions: Iterable[Subject]) -> Iterable[Found]:
+    """For `refuse_namesakes`: sessions with their files on disk."""
+    return ((s.dataset, s.id, partial(_hashes, s)) for s in sessions)
+
+
+def _hashes(session: Subject) -> set[str]:
+    """Hashes of those of its two scans that can be read."""
+    found = set()
+    for path in (session.t1w, session.t2w):
+        with contextlib.suppress(OSError):
+            found.add(sha256(path))
+    return found
+
+
+def of_rows(rows: Iterable[dict[str, str]], recipes: dict[str, str]) -> Iterable[Found]:
+    """For `refuse_namesakes`: those of the rows that have the recipes, but for an archive's.
+
+    An archive's accession number is no other dataset's, and a new snapshot may change every scan.
+    """
+    return ((row["dataset"], row["id"], partial(set, (row["t1w_sha256"], row["t2w_sha256"])))
+            for row in rows if recipes.get(row["id"]) == row["recipe"] and not row.get("snapshot"))
 
 
 def snapshot_of(source: dict[str, Any], name: str) -> str:

@@ -478,6 +478,61 @@ def test_a_changed_scan_is_made_anew_and_that_is_said(small_tree, tmp_path):
     assert store.check(tmp_path / "out") == []
 
 
+def sites(tmp_path):
+    """Two trees called `rawdata` with other people under the same labels."""
+    roots = []
+    for n, site in enumerate(("siteA", "siteB")):
+        roots.append(tmp_path / site / "rawdata")
+        for label in ("01", "02"):
+            write_pair(roots[-1], label, person=10 * n + int(label))
+    return roots
+
+
+@pytest.mark.parametrize("how", [[], ["--limit", "1"], ["--shard", "2/2"]], ids=str)
+def test_another_tree_of_a_stored_trees_name_is_refused_and_replaces_nobody(how, tmp_path):
+    site_a, site_b = sites(tmp_path)
+    assert run(tmp_path / "out", site_a).code == 0
+    before = content(tmp_path / "out")
+    result = run(tmp_path / "out", site_b, options=[*EXTRACTED, *how])
+    assert result.code == 2 and "another tree of that name? Rename its folder" in result.complaint
+    assert "rawdata_sub-01" in result.complaint and "done" not in result.out
+    assert {k: v for k, v in content(tmp_path / "out").items() if k in before} == before
+    site_b.rename(site_b.with_name("b"))
+    assert run(tmp_path / "out", site_b.with_name("b"), options=EXTRACTED).code == 0
+    assert len(SliceStore(tmp_path / "out").subjects) == 4
+
+
+def test_shards_of_another_tree_of_a_stored_trees_name_are_not_merged(tmp_path):
+    site_a, site_b = sites(tmp_path)
+    assert run(tmp_path / "out", site_a).code == 0
+    before = content(tmp_path / "out")
+    assert run(tmp_path / "b", site_b, options=[*EXTRACTED, "--shard", "1/1"]).code == 0
+    assert run(tmp_path / "a", site_a, options=[*EXTRACTED, "--shard", "1/1"]).code == 0
+    merged = run_command(preprocess.main, "--merge", tmp_path / "b", "--out", tmp_path / "out")
+    assert merged.code == 2 and "another tree of that name?" in merged.complaint
+    assert content(tmp_path / "out") == before
+    assert run_command(preprocess.main, "--merge", tmp_path / "a", "--out",
+                       tmp_path / "out").code == 0
+    assert content(tmp_path / "out") == before
+
+
+def test_a_tree_that_moved_grew_and_was_corrected_is_still_itself(tmp_path):
+    site_a, site_b = sites(tmp_path)
+    assert run(tmp_path / "out", site_a).code == 0
+    moved = tmp_path / "archive" / "rawdata"
+    shutil.copytree(site_a, moved)
+    write_pair(moved, "01", person=7)  # both scans
+    write_pair(moved, "02", person=7, only="T2w")
+    write_pair(moved, "03")
+    result = run(tmp_path / "out", moved)
+    assert result.code == 0 and result.out.count("made anew") == 2
+    shutil.rmtree(moved / "sub-01")
+    shutil.rmtree(moved / "sub-02")
+    write_pair(moved, "04")
+    assert run(tmp_path / "out", moved).code == 0, "only those who are new"
+    assert [subject for _, subject in splits(tmp_path / "out")] == ["01", "02", "03", "04"]
+
+
 def test_a_stored_subject_that_is_refused_later_leaves_the_store_and_may_come_back(small_tree,
                                                                                    tmp_path):
     shutil.copytree(small_tree, tmp_path / "heads")
