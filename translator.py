@@ -204,11 +204,11 @@ class Translator:
         if method == "mask":
             mask = brain.given_mask(bids.brain_mask_path(bids.subject_of(volume.path)), volume)
         else:
-            mask = self._extractor(method)(volume)
+            mask = self._extractor(method, volume)(volume)
         mask, _ = brain.judge_mask(mask, volume, limits_ml=self._brain_ml)
         return Brain(mask, mask, method)
 
-    def _extractor(self, method: str) -> brain.Extractor:
+    def _extractor(self, method: str, volume: Volume) -> brain.Extractor:
         """Load a method; one that cannot run is asked once, for a download's tries take minutes."""
         if method not in self._extractors:
             try:
@@ -217,7 +217,9 @@ class Translator:
                 self._extractors[method] = NoExtractor(str(error))
         found = self._extractors[method]
         if isinstance(found, NoExtractor):
-            raise NoExtractor(str(found))
+            fault = brain.strange_background(volume)
+            raise NoExtractor(f"{found} (if {volume.path.name} is extracted already: its {fault})"
+                              if fault else str(found))
         return found
 
     def scale_of(self, volume: Volume, suffix: str, *, force: bool = False) -> IntensityScale:

@@ -93,6 +93,10 @@ def given_mask(path: Path, t1w: Volume) -> np.ndarray:
     mask = read_volume(path)
     if same_grid(grid_of(mask), grid_of(t1w)):
         return mask.data > 0.5
+    shapes = [volume.header.get_data_shape()[:3] for volume in (mask, t1w)]
+    if shapes[0] == shapes[1] and np.array_equal(mask.file_affine, np.eye(4)):
+        raise ValueError(f"{path}: has as many voxels as {t1w.path}, but the identity for an "
+                         "affine; save the mask with the scan's affine")
     moved = resample(mask.data > 0.5, mask.affine, grid_of(t1w), nearest=True)
     if not moved.any():
         raise ValueError(f"{path}: does not overlap {t1w.path}; the mask belongs to another scan")
@@ -106,6 +110,20 @@ def looks_extracted(volume: Volume, limits_ml: tuple[float, float] = ADULT_ML) -
                           mask[:, :, -1].ravel()])  # the neck leaves through k = 0
     size_ml = float(mask.sum()) * volume.voxel_ml
     return limits_ml[0] <= size_ml <= limits_ml[1] and float(rim.mean()) < 0.2
+
+
+def strange_background(volume: Volume) -> str:
+    """Say that a volume's background is not 0, and how to mend it; "" where that is not so.
+
+    Background is the one value that most voxels of the six sides have; in a whole head they differ.
+    """
+    sides = [volume.data.take(end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
+    values, counts = np.unique(np.concatenate(sides), return_counts=True)
+    value = float(values[counts.argmax()])
+    if value == 0 or counts.max() <= counts.sum() / 2:
+        return ""
+    return (f"background is {value:.4g} and not 0, so it does not look extracted; subtract the "
+            "background from every voxel and save that as float32")
 
 
 def judge_mask(mask: np.ndarray, t1w: Volume, *,
@@ -125,7 +143,8 @@ def judge_mask(mask: np.ndarray, t1w: Volume, *,
 
     Raises
     ------
-    ValueError : a mask too small or too large, in pieces, or reaching all sides of the volume
+    ValueError : a mask too small or too large, in pieces, or reaching all sides of the volume, as
+        that of an extracted volume does whose background is not 0
     """
     box = _box(mask)
     pieces, count = ndimage.label(mask[box])
@@ -138,12 +157,14 @@ def judge_mask(mask: np.ndarray, t1w: Volume, *,
         mask = np.zeros(mask.shape, bool)
         mask[box] = pieces == 1 + int(sizes.argmax())
     brain_ml = float(mask.sum()) * t1w.voxel_ml
+    all_sides = all(mask.take(end, axis=axis).any() for axis in range(3) for end in (0, -1))
+    if all_sides and (fault := strange_background(t1w)):
+        raise ValueError(f"{t1w.path}: {fault}")
     low, high = limits_ml
     if not low <= brain_ml <= high:
         raise ValueError(f"{t1w.path}: brain mask has {brain_ml:.0f} ml, believed are {low:.0f} to "
                          f"{high:.0f}; look at it, or widen with --brain-ml")
-    sides = [mask.take(end, axis=axis).any() for axis in range(3) for end in (0, -1)]
-    if all(sides):
+    if all_sides:
         raise ValueError(f"{t1w.path}: brain mask touches all six sides of the volume; "
                          "it is no brain, choose another --brain-extraction")
     return mask, brain_ml

@@ -97,6 +97,41 @@ def test_a_mask_of_another_scan_is_refused(tmp_path):
         brain.given_mask(tmp_path / "mask.nii.gz", scan(head()))
 
 
+def test_a_mask_that_lost_the_scans_affine_is_refused_by_its_own_name(tmp_path):
+    mask = (head() > 0).astype(np.uint8)
+    nib.Nifti1Image(mask, np.eye(4)).to_filename(tmp_path / "mask.nii.gz")
+    with pytest.raises(ValueError, match="mask.nii.gz: has as many voxels as t1w.nii, but the id"):
+        brain.given_mask(tmp_path / "mask.nii.gz", scan(head()))
+    np.testing.assert_array_equal(  # where the scan has lost it, too, they do meet
+        brain.given_mask(tmp_path / "mask.nii.gz", scan(head(), np.eye(4))), mask > 0)
+
+
+@pytest.mark.parametrize("background", [-1, -1024, -0.0047, 30])
+@pytest.mark.parametrize("shape", [SHAPE, (36, 44, 33)])
+def test_an_extracted_volume_whose_background_is_not_0_is_told_so(background, shape):
+    affine = lay_affine(shape, 4)
+    volume = scan(paint(shape, affine) + background, affine)
+    said = f"t1w.nii: background is {background} and not 0.*; subtract"
+    assert not brain.looks_extracted(volume)
+    with pytest.raises(ValueError, match=said):
+        brain.judge_mask(brain.nonzero_mask(volume), volume)
+
+
+def test_a_background_that_scaled_integers_moved_off_0_is_told(tmp_path):
+    image = nib.Nifti1Image(head() * 1e-3 - 0.3, AFFINE)
+    image.set_data_dtype(np.int16)
+    image.to_filename(tmp_path / "t1w.nii")
+    volume = read_volume(tmp_path / "t1w.nii")
+    with pytest.raises(ValueError, match="background is -0.3 and not 0"):
+        brain.judge_mask(brain.nonzero_mask(volume), volume)
+
+
+def test_nothing_is_said_of_the_background_of_a_head_or_of_a_brain_on_zero():
+    noise = np.abs(np.random.default_rng(0).normal(0, 5, SHAPE))
+    for data in (head(), head(extracted=False), head(extracted=False) + noise):
+        assert brain.strange_background(scan(data)) == ""
+
+
 def test_small_stray_pieces_are_dropped_and_the_volume_is_that_of_what_stays():
     mask = head() > 0
     strayed = mask.copy()

@@ -403,6 +403,17 @@ def test_volumes_that_need_a_missing_net_are_left_out_and_the_others_made(comman
     assert again.code == 3 and "3 of 5 volumes are there already" in again.out
 
 
+def test_a_brain_on_a_background_of_its_own_is_told_how_it_could_do_without_a_net(
+        command, tmp_path, missing):
+    image = scan((40, 48, 36), (4, 4, 4))
+    nib.Nifti1Image(image.get_fdata() - 1, image.affine).to_filename(tmp_path / "sub-01_T1w.nii")
+    outcome = command(tmp_path / "sub-01_T1w.nii")
+    assert outcome.code == 2 and "hd-bet: no package" in outcome.complaint
+    assert "if sub-01_T1w.nii is extracted already: its background is -1 and" in outcome.complaint
+    outcome = command(tmp_path / "sub-01_T1w.nii", "--brain-extraction", "none")
+    assert outcome.code == 2 and "sub-01_T1w.nii: background is -1 and" in outcome.complaint
+
+
 @pytest.mark.parametrize("extraction, opened", [("auto", 3), ("deepbet", 1)])
 def test_a_missing_net_that_all_volumes_need_is_an_error(command, tmp_path, monkeypatch, missing,
                                                          extraction, opened):
