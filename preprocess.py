@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 import console
-from data import bids, brain, shards, store
+from data import bids, brain, contrast, shards, store
 from data.bias import CORRECTIONS
 from data.bids import Subject
 from data.hdbet import ensure_weights
@@ -469,9 +469,23 @@ def make_parts(task: Task) -> dict[str, Outcome]:
             reason = " ".join(str(error).split()).replace(f"{session.root}{os.sep}", "")
             outcomes[session.id] = Outcome(reason, not isinstance(error, brain.NoMemory))
             continue
+        note = "; ".join(filter(None, (part.row["note"], _doubt(part, task.settings.spacing_mm))))
+        part.row["note"] = note
         store.write_part(task.out, part, snapshot=task.snapshot)
         outcomes[session.id] = Outcome()
     return outcomes
+
+
+def _doubt(part: store.Part, spacing_mm: float) -> str:
+    """What of a subject's two scans looks like the other contrast, "" where nothing does."""
+    spacing = float(part.row["slice_spacing_mm"]), spacing_mm
+    x, y = (contrast.tell(contrast.measure(slices, part.mask, spacing))
+            for slices in (part.t1w, part.t2w))
+    if (x, y) == ("T2w", "T1w"):
+        return "T1w looks like a T2w, and T2w like a T1w: are the two files swapped?"
+    if x == "T2w":
+        return "T1w looks like a T2w: is it a T1w?"
+    return "T2w looks like a T1w: is it a T2w?" if y == "T1w" else ""
 
 
 # ------------------------------------------------------------------------------------ finishing

@@ -18,6 +18,7 @@ import tiny_hdbet
 from commands import run_command
 from conftest import content, lay_affine, rigid, write_pair
 from drawn_once import drawn_once
+from scipy import ndimage
 
 import preprocess
 from data import store
@@ -27,6 +28,7 @@ from data.store import SliceStore
 from data.subject import Settings, prepare
 
 ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "data" / "bids-extracted"
 SMALL = ["--size", "48", "--spacing", "4"]
 EXTRACTED = [*SMALL, "--brain-extraction", "none"]
 
@@ -265,6 +267,63 @@ def test_a_mended_subject_joins_and_leaves_the_list_of_the_skipped(small_tree, t
     assert run(tmp_path / "fresh", tmp_path / "heads").code == 0
     tables = [(tmp_path / o / "t1w.npy").read_bytes() for o in ("out", "fresh")]
     assert tables[0] == tables[1]
+
+
+def in_fluid(suffix):
+    """Paint the rim of a brain as fluid, which is what tells T1w from T2w."""
+    def change(data, affine):
+        rim = (data > 0) & ~ndimage.binary_erosion(data > 0)
+        rim &= np.indices(data.shape).sum(axis=0) % 3 > 0
+        return np.where(rim, 250 if suffix == "T1w" else 1500, data).astype(np.int16), affine
+    return rewrite(change)
+
+
+def swap(t1w, t2w):
+    t1w.rename(t1w.with_name("other"))
+    t2w.rename(t1w)
+    t1w.with_name("other").rename(t2w)
+
+
+DOUBTFUL = {
+    "swapped": (swap, "T1w looks like a T2w, and T2w like a T1w: are the two files swapped?"),
+    "T1w twice": (lambda x, y: shutil.copy(x, y), "T2w looks like a T1w: is it a T2w?"),
+    "T2w twice": (lambda x, y: shutil.copy(y, x), "T1w looks like a T2w: is it a T1w?"),
+}
+
+
+@pytest.mark.parametrize("what", DOUBTFUL)
+def test_a_scan_that_looks_like_the_other_contrast_is_taken_and_pointed_out(what, tmp_path):
+    for label in ("01", "02"):
+        anat = write_pair(tmp_path / "heads", label)
+        scans = [anat / f"sub-{label}_{suffix}.nii.gz" for suffix in ("T1w", "T2w")]
+        for scan, suffix in zip(scans, ("T1w", "T2w")):
+            in_fluid(suffix)(scan)
+    change, said = DOUBTFUL[what]
+    change(*scans)
+    result = run(tmp_path / "out", tmp_path / "heads")
+    assert result.code == 0 and f"note: heads_sub-02: {said}" in result.out
+    assert "note: heads_sub-01" not in result.out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"heads_sub-02: {said}" in page and page.count("class='warning'") == 1
+    assert page.index("<td>heads_sub-02</td>") < page.index("<td>heads_sub-01</td>")
+    assert said in run(tmp_path / "out", tmp_path / "heads").out, "as long as it is so"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real scans of ../shared/data")
+def test_of_real_heads_only_the_swapped_one_is_pointed_out(tmp_path):
+    shutil.copytree(REAL, tmp_path / "heads")
+    anat = tmp_path / "heads" / "sub-ms19" / "anat"
+    swap(anat / "sub-ms19_T1w.nii.gz", anat / "sub-ms19_T2w.nii.gz")
+    options = ["--size", "64", "--spacing", "3", "--brain-extraction", "none"]
+    assert run(tmp_path / "out", tmp_path / "heads", options=options).code == 0
+    notes = {s["id"]: s["note"] for s in SliceStore(tmp_path / "out").subjects if s["note"]}
+    assert notes == {"heads_sub-ms19": DOUBTFUL["swapped"][1]}
+
+
+def test_simulated_heads_are_not_pointed_out(tmp_path):
+    assert run_command(preprocess.main, "--simulate", 1, "--out", tmp_path / "out", "--downloads",
+                       tmp_path / "downloads", *SMALL, "--workers", 0).code == 0
+    assert [s["note"] for s in SliceStore(tmp_path / "out").subjects] == [""]
 
 
 REFUSED = {
