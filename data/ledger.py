@@ -142,7 +142,7 @@ def refuse_namesakes(out: Path, found: Iterable[Found]) -> None:
                 other.setdefault(dataset, name)
     for dataset in sorted(other.keys() - same):
         raise ValueError(
-            f"{out}: has {other[dataset]} and all else of '{dataset}' from other scans than these; "
+            f"{out}: {other[dataset]} and the rest of '{dataset}' are there from other scans; "
             "another tree of that name? Rename its folder, which names the dataset; or, if all "
             "scans of the same people were made anew, choose another --out")
 
