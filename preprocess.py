@@ -248,7 +248,7 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
         ledger = Ledger(args.out, _method(args), settings, source.missing)
         work(source, ledger, args, settings)
         header |= {"sources": source.describe(), "versions": _versions()}
-        record = Record(header, choice, ledger.recipes, ledger.skipped)
+        record = Record(header, choice, ledger.made, ledger.skipped)
         if args.shard:
             return _end_shard(args.out, args.shard, record)
         finish(args.out, record, before)
@@ -273,8 +273,8 @@ def merge(out: Path, folders: list[Path]) -> int:
         before = store.check_settings(out, record.header)
         rows = [*store.read_table(out / "subjects.tsv"),
                 *(row for folder in folders for row in store.part_rows(folder).values())]
-        refuse_namesakes(out, of_rows(rows, _made(record)))
-        shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], _made(record))
+        refuse_namesakes(out, of_rows(rows, record.recipes))
+        shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], record.recipes)
         finish(out, record, before)
         shards.forget(out)
     return console.LEFT_OUT if record.skipped else console.DONE
@@ -311,7 +311,7 @@ def _use(folder: Path, out: Path, shard: Shard | None, keep: bool) -> Iterator[N
 def _end_shard(out: Path, shard: Shard, record: Record) -> int:
     shards.write_record(out, shard, record)
     log.info("shard %s: %d sessions in %s, %d skipped; when all %d are through: "
-             "python preprocess.py --merge [FOLDER ...] --out SLICES", shard, len(_made(record)),
+             "python preprocess.py --merge [FOLDER ...] --out SLICES", shard, len(record.recipes),
              out / store.PARTS, len(record.skipped), shard.n)
     for name in sorted(record.skipped):
         log.info("  %s: %s", name, record.skipped[name])
@@ -408,7 +408,7 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
             for name, outcome in outcomes.items():
                 progress.say(name, outcome.reason)
                 if outcome.reason:
-                    (ledger.refuse if outcome.is_lasting else ledger.skip)(name, outcome.reason)
+                    ledger.skip(name, outcome.reason)
             arrival.release({name: {"recipe": ledger.recipes[name], "reason": outcome.reason}
                              for name, outcome in outcomes.items()
                              if outcome.reason and outcome.is_lasting})
@@ -491,28 +491,24 @@ def _doubt(part: store.Part, spacing_mm: float) -> str:
 # ------------------------------------------------------------------------------------ finishing
 
 
-def _made(record: Record) -> dict[str, str]:
-    """Id to recipe of the sessions that are not left out."""
-    return {name: key for name, key in record.recipes.items() if name not in record.skipped}
-
-
 def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]:
     """Assign splits, pack the store if anything is new, draw it, print the closing table.
 
     Returns the ids in the store. Parts of other runs (another tree, other settings) stay aside. A
-    stored session whose files are refused now leaves the store; one whose files could not be had
-    keeps its rows. So no id is both in the store and in `skipped.tsv`.
+    stored session that is refused now keeps its rows, hours of work perhaps, and that is said.
     """
     settled_rows = store.read_table(out / "subjects.tsv")
-    made, refused = _made(record), record.recipes.keys() & record.skipped.keys()
+    stored = {row["id"] for row in settled_rows}
+    skipped = {name: f"{why}; its rows of before stay" if name in stored else why
+               for name, why in record.skipped.items()}
     fresh = {name: row for name, row in store.part_rows(out).items()
-             if made.get(name) == row["recipe"]}
-    rows = {row["id"]: row for row in settled_rows if row["id"] not in refused} | fresh
+             if record.recipes.get(name) == row["recipe"]}
+    rows = {row["id"]: row for row in settled_rows} | fresh
     if not rows:
         reason = next(iter(record.skipped.values()), "no subject was found")
         raise ValueError(f"no subject could be kept: {reason}"
                          + (f" (and {len(record.skipped) - 1} more)" if len(record.skipped) > 1
-                            else "") + (f"; {out} stays as it was" if settled_rows else ""))
+                            else ""))
     settled = {(r["dataset"], r["subject"]): r["split"] for r in settled_rows}
     splits, said = store.assign_splits(
         [(r["dataset"], r["subject"]) for r in rows.values()], record.choice["split"],
@@ -521,7 +517,7 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]
     ours = {*record.recipes, *record.skipped}
     reasons = {name: why for name, why in (store.read_skipped(out) if before else {}).items()
                if name not in ours}
-    reasons = {name: why for name, why in {**reasons, **record.skipped}.items() if name not in rows}
+    reasons.update(skipped)
     header = {**record.header,
               "sources": merge_sources((before or {}).get("sources", []), record.header["sources"],
                                        settled_rows, record.recipes)}
@@ -530,11 +526,7 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]
     if fresh or _differs(out, before, header, table, reasons):
         store.pack(out, header, table, reasons, fresh.keys())
     draw(out, again=False)
-    left = refused & {row["id"] for row in settled_rows}
-    said += [f"{name}: {why}; its rows of before stay" for name, why in record.skipped.items()
-             if name in rows]
-    _print_table(out, {name: why + ("; its rows have left the store" if name in left else "")
-                       for name, why in record.skipped.items() if name not in rows}, said)
+    _print_table(out, skipped, said)
     return set(rows)
 
 

@@ -27,7 +27,7 @@ class Ledger:
 
     Attributes
     ----------
-    recipes : id to recipe of all sessions that this run could judge, the refused ones among them
+    recipes : id to recipe of all sessions that this run has met
     skipped : id to reason
     """
 
@@ -53,8 +53,8 @@ class Ledger:
         if self._holds(session.id, key):
             return False
         if session.id in self._stored:
-            log.info("%s: its files, brain extraction or --brain-ml changed, so its rows are to be "
-                     "made anew", session.id)
+            log.info("%s: its files or its brain extraction changed, its rows are to be made anew",
+                     session.id)
         return True
 
     def knows(self, sessions: list[Subject], snapshot: str, hashes: dict[Path, str] | None,
@@ -78,7 +78,7 @@ class Ledger:
             return False
         self.recipes.update(keys)
         for name, what in failed.items():
-            self.refuse(name, str(what.get("reason")))
+            self.skip(name, str(what.get("reason")))
         return True
 
     def _remembers(self, sessions: list[Subject], snapshot: str) -> bool:
@@ -107,13 +107,13 @@ class Ledger:
                    for rows in (self._stored, self._parts))
 
     def skip(self, name: str, reason: str) -> None:
-        """Leave out a session that could not be judged: rows that the store has of it stay."""
-        self.recipes.pop(name, None)
+        """Leave a session out."""
         self.skipped[name] = reason
 
-    def refuse(self, name: str, reason: str) -> None:
-        """Leave out a session for what its files are now: rows of it leave the store."""
-        self.skipped[name] = reason
+    @property
+    def made(self) -> dict[str, str]:
+        """Id to recipe of the sessions that are not left out."""
+        return {name: key for name, key in self.recipes.items() if name not in self.skipped}
 
 
 Found = tuple[str, str, Callable[[], set[str]]]  # dataset, id, what gives the hashes of its scans

@@ -49,8 +49,8 @@ def test_a_file_gives_tuples_numbers_and_dashes_as_the_options_want_them(tmp_pat
 def test_a_file_is_held_to_the_words_that_the_line_is_held_to(tmp_path, line):
     path = tmp_path / "c.toml"
     path.write_text(line)
-    name, value = line.split(" = ")
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} '{value[1:-1]}': choose from"):
+    option = "--" + line.split(" ")[0].replace("_", "-")
+    with pytest.raises(ValueError, match=f"{option} '.*': choose from"):
         parse_args(["--config", str(path)])
 
 

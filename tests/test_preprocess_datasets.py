@@ -165,7 +165,7 @@ def test_another_snapshot_is_fetched_though_its_names_are_stored(archive, tmp_pa
         monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
         run(tmp_path, f"{NAMES[1]}:1.0.0")
         result = run(tmp_path, NAMES[1])
-    assert "ds000002_sub-06: its files, brain extraction or --brain-ml changed" in result.out
+    assert "ds000002_sub-06: its files or its brain extraction changed" in result.out
     assert result.out.count("  done  ") == 1, "the others have the same hashes"
     assert SliceStore(tmp_path / "slices").header["sources"][0]["snapshot"] == "1.1.0"
 
@@ -655,24 +655,6 @@ def test_shards_add_to_a_store_as_one_run_does(archive, tmp_path):
                            "--shard", f"{k}/2").code == 3
     assert merge(tmp_path / "many").code == 3
     assert content(tmp_path / "many") == content(tmp_path / "one")
-
-
-def test_what_shards_refuse_leaves_a_store_as_in_one_run(archive, tmp_path):
-    trees = [archive / name for name in NAMES]
-    options = [*SMALL, "--brain-extraction", "none", "--workers", 0]
-    assert run_command(preprocess.main, "--bids", *trees, "--out", tmp_path / "one",
-                       *options).code == 3
-    shutil.copytree(tmp_path / "one", tmp_path / "many")
-    sizes = sorted(float(s["brain_ml"]) for s in SliceStore(tmp_path / "one").subjects)
-    limits = ["--brain-ml", 800, sizes[4]]
-    assert run_command(preprocess.main, "--bids", *trees, "--out", tmp_path / "one", *options,
-                       *limits).code == 3
-    for k in (1, 2):
-        assert shard(archive, tmp_path / "many", f"{k}/2", *limits).code == 3
-    assert "; its rows have left the store" in merge(tmp_path / "many").out
-    assert content(tmp_path / "many") == content(tmp_path / "one")
-    kept = {s["id"] for s in SliceStore(tmp_path / "one").subjects}
-    assert kept and kept.isdisjoint(store.read_skipped(tmp_path / "one"))
 
 
 def test_more_shards_than_subjects_leave_some_without_work(archive, tmp_path, from_disk):
