@@ -276,7 +276,7 @@ def _check_options(config: TrainConfig, args: argparse.Namespace, state: dict[st
 
 def _check_data(config: TrainConfig, args: argparse.Namespace, state: dict[str, Any], last: Path,
                 record: dict[str, Any]) -> None:
-    """Refuse slices made otherwise, and other subjects; add the subjects of before to `record`.
+    """Refuse slices made otherwise, and other subjects; add those trained on before to `record`.
 
     With other validation subjects and `--override`, `best` in `state` begins anew.
     """
@@ -294,8 +294,9 @@ def _check_data(config: TrainConfig, args: argparse.Namespace, state: dict[str, 
                              "with --slices, add --override, or choose another --run")
         if old != new and split == "val":  # figures of other heads are no bar for these
             state["best"].update(t2w_ssim=-1.0, kept=[])
-        # evaluate.py refuses all that were ever trained on, and says which chose a checkpoint
-        record["subjects"][split] = sorted(old | new)
+    # evaluate.py refuses all that were ever trained on; a best.pt to come is these val subjects'
+    record["subjects"]["train"] = sorted({*trained["subjects"]["train"],
+                                          *record["subjects"]["train"]})
     record["train_scans"] = sorted({*trained.get("train_scans", ()), *record["train_scans"]})
 
 

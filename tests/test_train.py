@@ -835,8 +835,15 @@ def test_other_validation_subjects_are_refused_or_judge_from_the_beginning(run, 
     assert run("--max-steps", 10, "--override", store=others).code == 0
     state = checkpoint.load(tmp_path / "run" / "best.pt")
     assert state["step"] == 10 and state["best"]["t2w_ssim"] < 0.999
-    assert state["preprocessing"]["subjects"]["val"] == [
-        "painted_sub-04", "painted_sub-05_ses-a", "painted_sub-05_ses-b", "painted_sub-06"]
+    assert state["preprocessing"]["subjects"]["val"] == ["painted_sub-06"]
+    # a restart with the same line, as torchrun does it, is no change: the bar stays
+    state = checkpoint.load(path, resume=True)
+    state["best"]["t2w_ssim"] = 0.999
+    checkpoint.save(path, state)
+    before = (tmp_path / "run" / "best.pt").read_bytes()
+    assert run("--max-steps", 15, "--override", store=others).code == 0
+    assert checkpoint.load(path, resume=True)["best"]["t2w_ssim"] == 0.999
+    assert (tmp_path / "run" / "best.pt").read_bytes() == before
 
 
 def test_a_run_whose_last_pt_is_gone_is_not_written_over(run, tmp_path):
