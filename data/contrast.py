@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data.histogram import Standard, volume_landmarks
 from data.store import SliceStore
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -122,11 +123,13 @@ def training_figures(store: SliceStore) -> dict[str, Any]:
     return record
 
 
-def intensity_quantiles(store: SliceStore, steps: int = 256) -> dict[str, np.ndarray]:
+def intensity_quantiles(store: SliceStore, steps: int = 256,
+                        standard: Standard | None = None) -> dict[str, np.ndarray]:
     """How the intensities of the training subjects' brains are distributed.
 
     Parameters
     ----------
+    standard : what histograms the nets are shown them with, if not as they are stored
     steps : equal steps from the darkest to the brightest
 
     Returns
@@ -139,6 +142,9 @@ def intensity_quantiles(store: SliceStore, steps: int = 256) -> dict[str, np.nda
     looked_at = [store.of_subject(s) for s in subjects[::-(-len(subjects) // MOST_SUBJECTS)]]
     for place, name in enumerate(("t1w", "t2w")):
         brains = [arrays[place][arrays[2]].astype(np.float32) for arrays in looked_at]
+        if standard:
+            brains = [standard.move(v, volume_landmarks(arrays[place], arrays[2]), name)
+                      for v, arrays in zip(brains, looked_at)]
         # what is not finite is found in training, with the file's name
         finite = [v for v in (v[np.isfinite(v)] for v in brains) if len(v)]
         # a part of the values is enough, and each run begins with this

@@ -9,6 +9,7 @@ from painted_store import change_rows, write_store
 from scipy import ndimage, stats
 
 from data import brain, contrast
+from data.histogram import PERCENTILES, find_standard
 from data.store import SliceStore
 from data.volume import (crop_or_pad, place, read_volume, resample, slicing_grid, to_slices)
 
@@ -107,6 +108,11 @@ def test_quantiles_are_of_the_training_brains_and_of_what_is_finite(tmp_path):
         wanted = np.quantile(values.astype("f4"), np.linspace(0, 1, 257))
         np.testing.assert_allclose(found[name], wanted, atol=0.02)
         assert found[name].dtype == np.float32 and (np.diff(found[name]) >= 0).all()
+    standard = find_standard(store)
+    shown = contrast.intensity_quantiles(store, standard=standard)
+    for name, known in standard.wanted.items():  # all volumes' landmarks lie there, so theirs do
+        np.testing.assert_allclose(np.interp(np.array(PERCENTILES) / 100, np.linspace(0, 1, 257),
+                                             shown[name]), known[1:-1], atol=0.02)
     change_rows(folder, "t1w.npy", slice(0, 6), np.nan)
     assert np.isfinite(contrast.intensity_quantiles(SliceStore(folder))["t1w"]).all()
     change_rows(folder, "t1w.npy", slice(0, 12), np.nan)
