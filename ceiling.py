@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.augment import deform, flip_left_right
-from data.slices import Spans, to_tensor
+from data.histogram import CONTRASTS, Standard, StandardRows
+from data.slices import Spans, shown, to_tensor
 from data.store import SliceStore
 from device import autocast
 from losses.consistency import cycle_loss
@@ -101,6 +102,8 @@ class Paired:
         self._device = device  # fp16 would need a scaler
         self._precision = torch.float32 if precision == torch.float16 else precision
         self._slices = Spans(store.spans("train"))
+        standard = Standard.of_record(self._preprocessing)
+        self._standard = StandardRows(store, standard) if standard else None
         self._batch = c["batch_size"]
         if len(self._slices) < self._batch:
             raise ValueError(f"{store.folder}: its train split has {len(self._slices)} slices, the "
@@ -124,7 +127,8 @@ class Paired:
                       "deform": c.get("deform", 0.0),
                       "keep_background": c.get("keep_background", False),
                       # not there in the ceilings of before there was this option
-                      **({"balance": True} if c.get("balance", False) else {})}
+                      **({"balance": True} if c.get("balance", False) else {}),
+                      **({"standard": standard.record()} if standard else {})}
 
     def learn(self) -> Tensor:
         """One step on a batch of pairs; returns the loss."""
@@ -156,7 +160,9 @@ class Paired:
         places = draws.permutation(len(self._slices))[place * self._batch:(place + 1) * self._batch]
         rows = np.sort(self._slices.balanced_rows(places, draws.random())
                        if self._config.get("balance", False) else self._slices.rows(places))
-        pair = torch.cat([to_tensor(a[rows]) for a in (self._store.t1w, self._store.t2w)], dim=1)
+        pair = torch.cat([shown(to_tensor(a[rows]), rows, contrast, self._standard)
+                          for a, contrast in zip((self._store.t1w, self._store.t2w), CONTRASTS)],
+                         dim=1)
         words = np.random.SeedSequence([self._config["seed"], step])
         self._draws.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
         if self._config["flip"]:

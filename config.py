@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 import console
+from data.histogram import STANDARDISED
 from device import PRECISIONS
 from losses.adversarial import GAN_KINDS
 from models.generator import UPSAMPLING
@@ -30,14 +31,14 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
 # What a checkpoint that knows nothing of an option was trained with.
-BEFORE_THERE_WAS = {"start_pairs": 0, "balance": False, "deform": 0.0, "keep_background": False,
-                    "lambda_structure": 0.0}
+BEFORE_THERE_WAS = {"start_pairs": 0, "balance": False, "standardise": "none", "deform": 0.0,
+                    "keep_background": False, "lambda_structure": 0.0}
 # `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
 # half of the cycle's)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0,
-                             "balance": False, "deform": 0.0, "keep_background": False,
-                             "lambda_structure": 0.0}}
+                             "balance": False, "standardise": "none", "deform": 0.0,
+                             "keep_background": False, "lambda_structure": 0.0}}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class TrainConfig:
     What differs from the paper, and why (figures: benchmarks/RECIPES.md): background is kept
     (`keep_background`) and so are edges (`lambda_structure`); a first guess leads the first slices
     (`start_pairs`); slices are deformed (`deform`) and drawn so that volumes count alike
-    (`balance`); the identity weight is 0.1 (T1w and T2w contrast is inverted, and on real heads a
-    weight of 5 taught copying); G and F are averaged for use (`ema`). `--recipe paper` undoes it
-    all.
+    (`balance`); T1w are shown with one histogram (`standardise`); the identity weight is 0.1 (T1w
+    and T2w contrast is inverted, and on real heads a weight of 5 taught copying); G and F are
+    averaged for use (`ema`). `--recipe paper` undoes it all.
     """
 
     slices: str = "slices"
@@ -61,6 +62,7 @@ class TrainConfig:
     batch_size: int = 1
     strict_unpaired: bool = False
     balance: bool = True
+    standardise: str = "t1w"
     flip: bool = True
     deform: float = 1.0
     features: int = 64
@@ -95,6 +97,9 @@ HELP = {
         "strict_unpaired": "T1w from one half of the training subjects, T2w from the other, so "
                            "that no head is seen in both",
         "balance": "show each volume equally often, however many slices it has",
+        "standardise": "contrasts whose volumes the nets are shown with one histogram, the mean of "
+                       "training (landmarks of Nyul and Udupa 1999), here and wherever the "
+                       "checkpoint is used",
         "flip": "mirror slices left to right at random",
         "deform": "turn, scale, shift and bend slices at random: 1 is up to 10 degrees, 8 %%, 4 %% "
                   "of the side, 3 of 128 pixels; 0 is off",
@@ -138,7 +143,7 @@ HELP = {
     },
 }
 CHOICES = {"gan_loss": GAN_KINDS, "upsample": UPSAMPLING, "precision": PRECISIONS,
-           "compile": ("auto", "yes", "no")}
+           "compile": ("auto", "yes", "no"), "standardise": tuple(STANDARDISED)}
 
 
 def parse_args(argv: list[str] | None,

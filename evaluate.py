@@ -36,6 +36,7 @@ import console
 from ceiling import train_ceiling
 from data import bids, brain
 from data.bias import bias_correction_of
+from data.histogram import Standard, StandardRows
 from data.slices import paired_slices, paired_subjects
 from data.store import SPLITS, SliceStore, read_skipped, scans_of, write_atomically
 from data.tissues import find_lesions, find_tissues, lesion_slices, tissue_slices
@@ -277,7 +278,9 @@ class Evaluation:
                     return net(real.to(device)).float()
             return translate
 
-        return Method(kind, {d: translator(net) for d, net in zip(DIRECTIONS, nets)}, ckpt)
+        standard = Standard.of_record(state["preprocessing"])
+        return Method(kind, {d: translator(net) for d, net in zip(DIRECTIONS, nets)}, ckpt,
+                      StandardRows(self.store, standard) if standard else None)
 
     def _references(self) -> list[Method]:
         """What is fitted on the training split: the look-up table and, if wanted, the ceiling."""
@@ -351,10 +354,12 @@ class Evaluation:
         """Direction to source, target, the first checkpoint's translation ([0, 1]), and mask."""
         parts = list(paired_slices(self.store, session, self.args.batch_size))
         real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
+        rows, method = session["first_row"] + np.arange(session["n_slices"]), self.methods[0]
         found = {}
         for direction, (source, target) in zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))):
             fake = (translated[direction] if translated else
-                    in_batches(self.methods[0].translate[direction], source, self.args.batch_size))
+                    in_batches(method.translate[direction], method.shown(source, rows, direction),
+                               self.args.batch_size))
             found[direction] = (*((v + 1) / 2 for v in (source, target, fake)), mask)
         return found
 
@@ -507,7 +512,8 @@ def _example(title: str, record: Record, work: Evaluation) -> figures.Example:
     real_x, real_y = ((torch.from_numpy(np.asarray(a[row], np.float32))[:, None])
                       for a in (store.t1w, store.t2w))
     source, target = (real_x, real_y) if record["direction"] == "t1w-to-t2w" else (real_y, real_x)
-    fake = work.methods[0].translate[record["direction"]](source)
+    direction, method = record["direction"], work.methods[0]
+    fake = method.translate[direction](method.shown(source, row, direction))
     shown, translated, real = (((v.cpu() + 1) / 2)[0, 0].numpy() for v in (source, fake, target))
     caption = f"{caption_of(record)}\n{record['id']}, row {record['row']}"
     return figures.Example(title, shown, translated, real, store.mask(row)[0], caption)

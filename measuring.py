@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.slices import paired_slices
+from data.histogram import StandardRows
+from data.slices import paired_slices, shown
 from data.store import SliceStore
 from losses import lesions, quality, volume_quality
 from losses.contrast import contrast_order
@@ -83,11 +84,17 @@ class Method:
     kind : one of `METHODS`
     translate : by direction
     ckpt : its checkpoint, "" where there is none
+    standard : what histograms it is shown slices with; None takes them as they are stored
     """
 
     kind: str
     translate: Mapping[str, Translate]
     ckpt: str = ""
+    standard: StandardRows | None = None
+
+    def shown(self, slices: Tensor, rows: np.ndarray, direction: str) -> Tensor:
+        """Real slices (N, 1, H, W), which are `rows` (N,) of the store, as it is shown them."""
+        return shown(slices, rows, DIRECTIONS[direction][0].lower(), self.standard)
 
 
 def metrics_of(protocol: str) -> list[str]:
@@ -183,9 +190,11 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
     records: list[Record] = []
     of_lesions: list[Record] = []
     translated: dict[str, Tensor] = {}
+    rows = session["first_row"] + np.arange(session["n_slices"])
     for direction, (source, target) in reals.items():
         for method in methods:
-            fake = in_batches(method.translate[direction], source, batch_size)
+            given = method.shown(source, rows, direction)
+            fake = in_batches(method.translate[direction], given, batch_size)
             if not bool(fake.isfinite().all()):  # a mean that leaves it out would flatter
                 raise ValueError(f"{method.ckpt or method.kind}: its translation of "
                                  f"{session['id']} ({direction}) is not finite; train again, or "
@@ -195,7 +204,7 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
                       if method.kind == MODEL else None)
             ids = {"direction": direction, "id": session["id"], "method": method.kind,
                    "ckpt": method.ckpt}
-            figures = in_parts(source, target, fake, mask, cycled, device, batch_size)
+            figures = in_parts(given, target, fake, mask, cycled, device, batch_size)
             records += [{**ids, "protocol": protocol, "row": session["first_row"] + i, **values}
                         for protocol, of_slices in figures.items()
                         for i, values in enumerate(of_slices)]

@@ -21,7 +21,7 @@ from losses.structure import structure_loss
 
 if TYPE_CHECKING:
     from config import TrainConfig
-    from train import Training
+    from training import Training
 
 TERMS = ("G", "F", "cycle_x", "cycle_y", "identity_x", "identity_y", "structure_x", "structure_y",
          "D_X", "D_Y")

@@ -250,8 +250,9 @@ def export_nets(args: argparse.Namespace) -> int:
             "Format": args.export, "Input": export.INPUT, "Output": export.OUTPUT,
             "Shape": ["N", 1, record["size"], record["size"]], "DType": "float32",
             "Range": [-1, 1], "Background": -1, "SliceLayout": record.get("layout", ""),
-            "Preprocessing": preprocessing_of(record), "Checkpoint": args.ckpt.name,
-            "CheckpointSHA256": sha256(args.ckpt)})
+            "Preprocessing": preprocessing_of(record),
+            **histogram_of(record, source.lower()),
+            "Checkpoint": args.ckpt.name, "CheckpointSHA256": sha256(args.ckpt)})
         log.info("%s -> %s", args.ckpt, path)
     return console.DONE
 
@@ -412,6 +413,13 @@ def match_scale(translator: Translator, jobs: list[Job],
 def preprocessing_of(record: dict[str, Any]) -> dict[str, Any]:
     """What of a checkpoint's preprocessing decides how a volume is cut."""
     return {key: record[key] for key in ("size", "spacing_mm", "intensity")}
+
+
+def histogram_of(record: dict[str, Any], contrast: str) -> dict[str, Any]:
+    """What histogram a net wants slices of a contrast to have; {} where any will do."""
+    found = record.get("standard", {})
+    return {"HistogramStandard": {"Percentiles": found["percentiles"],
+                                  "Landmarks": found[contrast]}} if contrast in found else {}
 
 
 def translate_job(job: Job, scan: tuple[Volume, Brain | None], translator: Translator,

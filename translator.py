@@ -16,6 +16,8 @@ import numpy as np
 
 from data import bids, brain, contrast
 from data.bias import bias_correction_of
+from data.histogram import Standard, volume_landmarks
+from data.subject import slices_kept
 from data.volume import (Grid, IntensityScale, Placement, Volume, crop_or_pad, fit_scale, grid_of,
                          image_like, place, resample, restore, slicing_grid, to_slices,
                          volume_from_image)
@@ -126,6 +128,7 @@ class Translator:
 
         state = checkpoint.load(ckpt)
         self.record: dict[str, Any] = state["preprocessing"]
+        self.standard = Standard.of_record(self.record)
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         # Weights in half precision give what autocast gives, to the bit, and on CPUs a fifth
@@ -166,6 +169,7 @@ class Translator:
         plain = cut(volume, mask, self.record)
         warnings = self._judge(plain, volume, mask, DIRECTIONS[direction][0], wanted.force)
         there, back = self.net(direction), self.net(_reverse(direction))
+        shown = self._standardise(plain, DIRECTIONS[direction][0])
         box = _box(inside)
         target = _part(grid_of(volume), box)
         native = volume.spacing_mm[2] > 0.999 * plain.placement.grid.spacing_mm[2]
@@ -173,9 +177,10 @@ class Translator:
         answer, scatter, error = Scatter(), Scatter(), None
         for number, look in enumerate(looks):
             stack = cut(volume, mask, self.record, look.phase) if look.phase else plain
-            fake = look.undo(there(look.show(stack.slices)))
+            given = shown(stack.slices)
+            fake = look.undo(there(look.show(given)))
             if number == 0 and wanted.cycle_error:
-                away = np.abs(back(fake) - stack.slices) - 1  # of a range of 2, as a share: [-1, 1]
+                away = np.abs(back(fake) - given) - 1  # of a range of 2, as a share: [-1, 1]
                 error = stack.lay_back(away, target)
             laid = stack.lay_back(fake, target)
             if number < wanted.looks:
@@ -194,6 +199,16 @@ class Translator:
         assert data is not None
         return Translation(data, whole(scatter.sd if wanted.uncertainty else None), whole(error),
                            inside, method, warnings)
+
+    def _standardise(self, stack: Cut, suffix: str) -> Net:
+        """What gives slices of a volume the histogram that the nets were trained with."""
+        standard = self.standard
+        if standard is None or suffix.lower() not in standard.wanted:
+            return lambda slices: slices
+        inside = stack.inside
+        kept = slices_kept(inside, self.record["min_brain_area"])  # those that the store would have
+        own = volume_landmarks(stack.slices[kept], inside[kept])
+        return lambda slices: standard.move(slices, own, suffix.lower())
 
     def find_brain(self, volume: Volume) -> Brain:
         """Find a volume's brain."""
@@ -344,10 +359,15 @@ class Cut:
         """Slices that answer these, on a grid in the world: `data.volume.restore`."""
         return restore(slices, self.mask, self.placement, target)
 
+    @property
+    def inside(self) -> np.ndarray:
+        """(n, H, W) bool: the brain in the slices."""
+        return to_slices(crop_or_pad(self.mask, self.placement.centre, self.slices.shape[1],
+                                     fill=False))
+
     def measure(self, pixel_mm: float) -> contrast.Figures:
         """The figures of the brain's intensities."""
-        inside = crop_or_pad(self.mask, self.placement.centre, self.slices.shape[1], fill=False)
-        return contrast.measure(self.slices, to_slices(inside),
+        return contrast.measure(self.slices, self.inside,
                                 (float(self.placement.grid.spacing_mm[2]), pixel_mm))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.histogram import CONTRASTS, StandardRows
 from data.store import RowReader, SliceStore, rows_of, spans_of, split_value
 
 BLOCK = 128  # pairs that a thread reads at once, at least: a handover costs as much as reading 20
@@ -44,6 +45,7 @@ class UnpairedBatches:
         has: those of few come several times (never twice in one step of all processes, unless the
         volume has fewer slices than the step takes of it), of those with many each pass takes
         others
+    standard : what histograms slices are shown with; None leaves them as they are stored
 
     Raises
     ------
@@ -53,7 +55,7 @@ class UnpairedBatches:
 
     def __init__(self, store: SliceStore, *, batch_size: int, steps_per_epoch: int = 0,
                  seed: int = 0, rank: int = 0, world: int = 1, strict: bool = False,
-                 balanced: bool = False) -> None:
+                 balanced: bool = False, standard: StandardRows | None = None) -> None:
         spans = _half_spans(store) if strict else (store.spans("train"),) * 2
         self._slices = tuple(Spans(each) for each in spans)
         self._taken = batch_size * world
@@ -65,7 +67,7 @@ class UnpairedBatches:
         self._readers = RowReader(store.t1w), RowReader(store.t2w)
         self._shape = 1, *store.t1w.shape[1:]
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
-        self._balanced = balanced
+        self._balanced, self._standard = balanced, standard
         self._steps_a_pass = fewest // self._taken
         self.steps_per_epoch = steps_per_epoch or self._steps_a_pass
         self._orders: dict[tuple[int, int, int, int], np.ndarray] = {}
@@ -123,10 +125,14 @@ class UnpairedBatches:
               real_y: Tensor) -> tuple[Tensor, Tensor]:
         """Fill the buffers with the slices that these steps see."""
         drawn = zip(*(self.rows(epoch, step) for step in steps))
-        for reader, buffer, rows in zip(self._readers, (real_x, real_y), drawn):
+        for reader, buffer, steps_rows, contrast in zip(self._readers, (real_x, real_y), drawn,
+                                                        CONTRASTS):
+            rows = np.concatenate(steps_rows)
             out = buffer.numpy().reshape(-1, *self._shape[1:])
             stored = out if out.dtype == np.float16 else np.empty_like(out, dtype=np.float16)
-            reader.read_into(stored, np.concatenate(rows))
+            reader.read_into(stored, rows)
+            if self._standard:
+                self._standard.show(stored, rows, contrast)
             if stored is not out:
                 # by NumPy: torch would do it with threads of its own, which those that train on
                 # the same cores would have to wait for
@@ -272,10 +278,35 @@ def to_tensor(slices: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(slices)).float()[:, None]
 
 
+def shown(slices: Tensor, rows: np.ndarray, contrast: str, standard: StandardRows | None) -> Tensor:
+    """Rows of a store (N, 1, H, W) in [-1, 1] as nets are shown them: with a standard histogram.
+
+    Parameters
+    ----------
+    rows : (N,) which of the store they are
+    contrast : "t1w" or "t2w"
+    standard : None leaves them as they are
+    """
+    if standard is None or contrast not in standard.standard.wanted:
+        return slices
+    found = slices.clone()
+    standard.show(found.numpy()[:, 0], rows, contrast)
+    return found
+
+
 def paired_subjects(store: SliceStore, split: str) -> list[dict[str, Any]]:
     """The rows of `subjects.tsv` in a split, for `paired_slices`."""
     store.spans(split)  # refuses an unknown split
     return [store.subjects[place] for place in np.flatnonzero(store.subjects.splits == split)]
+
+
+def numbered(store: SliceStore, subject: dict[str, Any],
+             ) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor, Tensor]]]:
+    """`paired_slices` with the rows (N,) of the store that they are."""
+    first = subject["first_row"]
+    for batch in paired_slices(store, subject):
+        yield np.arange(first, first + len(batch[0])), batch
+        first += len(batch[0])
 
 
 def paired_slices(store: SliceStore, subject: dict[str, Any],

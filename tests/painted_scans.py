@@ -15,8 +15,11 @@ ON_CPU = ["--device", "cpu", "--precision", "fp32"]
 
 
 def write_checkpoint(path, *, size=48, spacing_mm=4.0, extraction=("none",), training=None,
-                     config=None):
-    """A checkpoint of random nets; `training` is what `data.contrast.training_figures` gives."""
+                     config=None, standard=None):
+    """A checkpoint of random nets.
+
+    `training` is what `data.contrast.training_figures` gives, `standard` a `histogram.Standard`.
+    """
     config = {**CONFIG, **(config or {})}
     nets = CycleGAN(**config)
     init_weights(nets, torch.Generator().manual_seed(0))
@@ -24,6 +27,8 @@ def write_checkpoint(path, *, size=48, spacing_mm=4.0, extraction=("none",), tra
               "intensity": {"rule": "painted", "upper_percentile": 99.5}, "subjects": {}}
     if training:
         record["training"] = training
+    if standard:
+        record |= {"standard": standard.record(), "min_brain_area": 0.25}
     checkpoint.save(path, {"config": config, "preprocessing": record, "step": 1, "epoch": 1,
                            "slices_seen": 1, "ema": EMA(nets).state_dict(), "best": {}})
     return path

@@ -44,6 +44,16 @@ def test_a_fold_of_unknown_or_of_all_subjects_is_refused(slices, tmp_path):
         recipes.write_fold(whole, [s["subject"] for s in whole.subjects], tmp_path / "fold")
 
 
+@pytest.mark.parametrize("options, said", [
+    (["--epochs", "4"], "--epochs 4: at least 5"),
+    (["--epochs", "8", "--pairs", "7"], "--pairs 7: at least 8"),
+    (["--pairs", "19"], "--pairs 19: at least 20")])
+def test_pieces_of_a_run_are_enough_to_swing_and_hold_a_pair_each(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        recipes.main(["--held-out", "03", "--out", str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_is_a_name_or_options():
     assert recipes.recipe_of("paper") == ("paper", ("--recipe", "paper"))
     assert recipes.recipe_of("x-1=--lr 1e-3 --no-flip") == ("x-1", ("--lr", "1e-3", "--no-flip"))

@@ -13,6 +13,8 @@ from painted_store import write_store
 import ceiling
 from ceiling import Paired, train_ceiling
 from config import TrainConfig, plain
+from data.histogram import StandardRows, find_standard
+from data.slices import shown
 from data.store import SliceStore
 from measuring import Method, measure_session, over_slices, select
 from models import checkpoint
@@ -96,6 +98,19 @@ def test_volumes_count_alike_where_they_do_in_the_checkpoints_training(balance, 
                 for image in paired._batch_of(step)[0][:, 0]]
         large, small = sum(row < 12 for row in rows), sum(12 <= row < 16 for row in rows)
         assert (large, small) == shares
+
+
+def test_pairs_are_shown_with_the_histograms_of_the_checkpoints_training(store):
+    standard = find_standard(store)
+    state = state_of(flip=False)
+    state["preprocessing"]["standard"] = standard.record()
+    by_row = StandardRows(store, standard)
+    plain, paired = Paired(state_of(flip=False), store, CPU, FP32), Paired(state, store, CPU, FP32)
+    for (raw_x, raw_y), (real_x, real_y) in zip(batches(plain, 9), batches(paired, 9)):
+        rows = np.array([row_of(store.t1w, image) for image in raw_x[:, 0]])
+        assert torch.equal(real_x, shown(raw_x, rows, "t1w", by_row))
+        assert torch.equal(real_y, shown(raw_y, rows, "t2w", by_row))
+        assert not torch.equal(real_x, raw_x)
 
 
 def test_passes_are_in_different_orders(store):

@@ -8,8 +8,9 @@ import torch
 from painted_store import write_store
 
 from data import slices as slices_module
-from data.slices import (UnpairedBatches, halves, paired_slices, paired_subjects, scatter,
-                         to_tensor)
+from data.histogram import StandardRows, find_standard
+from data.slices import (UnpairedBatches, halves, numbered, paired_slices, paired_subjects, scatter,
+                         shown, to_tensor)
 from data.store import SliceStore
 
 
@@ -188,6 +189,40 @@ def test_half_gives_the_stored_bits_and_float32_the_same_values(workers, slices)
             np.testing.assert_array_equal(b[:, 0].numpy().view(np.uint16),
                                           array[rows].view(np.uint16))
             assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_slices_are_shown_with_the_standard_histogram_of_their_volumes(slices, half):
+    standard = StandardRows(slices, find_standard(slices))
+    plain = UnpairedBatches(slices, batch_size=3)
+    batches = UnpairedBatches(slices, batch_size=3, standard=standard)
+    for step, pair in enumerate(batches.batches(1, workers=2, half=half)):
+        for rows, array, contrast, found in zip(plain.rows(1, step), (slices.t1w, slices.t2w),
+                                                ("t1w", "t2w"), pair):
+            wanted = shown(to_tensor(array[rows]).half(), rows, contrast, standard)
+            assert torch.equal(found.half(), wanted)
+            assert not torch.equal(found.half(), to_tensor(array[rows]).half())
+    assert step == plain.steps_per_epoch - 1
+
+
+def test_what_is_shown_is_a_copy_and_without_a_standard_the_same(slices):
+    rows = slices.rows("train")[:4]
+    real = to_tensor(slices.t1w[rows])
+    before = real.clone()
+    changed = shown(real, rows, "t1w", StandardRows(slices, find_standard(slices)))
+    assert torch.equal(real, before) and not torch.equal(changed, before)
+    assert shown(real, rows, "t1w", None) is real
+
+
+def test_a_subjects_slices_come_with_their_rows(slices):
+    for subject in slices.subjects:
+        found = list(numbered(slices, subject))
+        rows = np.concatenate([rows for rows, _ in found])
+        first = subject["first_row"]
+        np.testing.assert_array_equal(rows, np.arange(first, first + subject["n_slices"]))
+        for part, (real_x, real_y, mask) in found:
+            np.testing.assert_array_equal(real_x[:, 0].numpy(), slices.t1w[part])
+            assert len(real_y) == len(mask) == len(part)
 
 
 def test_a_batch_belongs_to_who_asked_for_it(slices):

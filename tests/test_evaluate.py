@@ -26,6 +26,8 @@ from torchvision.models import inception_v3
 import evaluate
 import measuring
 import train
+from data.histogram import Standard, StandardRows
+from data.slices import shown, to_tensor
 from data.store import SliceStore
 from data.tissues import find_tissues, tissue_slices
 from losses.distribution import frechet_distance, kernel_distance
@@ -82,6 +84,13 @@ def table(path):
         return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(lines)]
 
 
+def given(ckpt, store, rows, contrast):
+    """Rows of a store (n, 1, H, W), as the nets of a checkpoint are shown them."""
+    standard = Standard.of_record(checkpoint.load(ckpt)["preprocessing"])
+    array = store.t1w if contrast == "t1w" else store.t2w
+    return shown(to_tensor(array[rows]), rows, contrast, StandardRows(store, standard))
+
+
 def tables_of(store):
     """The look-up tables that the training split's pairs give, T1w to T2w and back."""
     rows = store.rows("train")
@@ -110,8 +119,11 @@ def test_every_slice_is_measured_both_ways_as_scikit_image_does(results, ckpt, s
         source, target = (real[name] for name in r["direction"].split("-to-"))
         translate = {"model": nets[r["direction"]], "floor": torch.clone,
                      "table": tables[r["direction"]]}[r["method"]]
+        slices = torch.from_numpy(source)[None, None]
+        if r["method"] == "model":  # the others take slices as they are stored
+            slices = given(ckpt, store, np.array([row]), r["direction"][:3])
         with torch.no_grad():
-            image = translate(torch.from_numpy(source)[None, None])[0, 0].numpy()
+            image = translate(slices)[0, 0].numpy()
         assert r["ckpt"] == (str(ckpt) if r["method"] == "model" else "")
         image, target = (image + 1) / 2, (target + 1) / 2
         mask = store.mask(slice(row, row + 1))[0]
@@ -563,9 +575,9 @@ def test_distances_are_taken_in_the_features_of_the_given_weights(ckpt, tmp_path
     features = load_features(tmp_path / "inception.pth")
     nets = checkpoint.load_generators(checkpoint.load(ckpt))
     rows = store.rows("test")
-    t1w, t2w = (torch.from_numpy(a[rows].astype(np.float32))[:, None]
-                for a in (store.t1w, store.t2w))
-    for direction, net, source, target in zip(DIRECTIONS, nets, (t1w, t2w), (t2w, t1w)):
+    t1w, t2w = (given(ckpt, store, rows, contrast) for contrast in ("t1w", "t2w"))
+    targets = to_tensor(store.t2w[rows]), to_tensor(store.t1w[rows])
+    for direction, net, source, target in zip(DIRECTIONS, nets, (t1w, t2w), targets):
         with torch.no_grad():
             real, fake = (features((v + 1) / 2) for v in (target, net(source)))
         assert found[direction]["Frechet distance"] == pytest.approx(
@@ -586,10 +598,12 @@ def test_the_ceiling_is_a_row_that_is_trained_once(ckpt, store, tmp_path, unpain
     out = tmp_path / "e"
     assert evaluated(ckpt, store.folder, out, "--ceiling").code == 0
     summary = json.loads((out / "summary.json").read_text())
-    nets = checkpoint.load_generators(checkpoint.load(out / "ceiling.pt"))
+    state = checkpoint.load(out / "ceiling.pt")
+    nets = checkpoint.load_generators(state)
+    standard = StandardRows(store, Standard.of_record(state["preprocessing"]))
     person, = (s for s in store.subjects if s["id"] == "painted_sub-04")
-    records, *_ = measure_session(store, person, [Method("ceiling", dict(zip(DIRECTIONS, nets)))],
-                                  CPU)
+    paired = Method("ceiling", dict(zip(DIRECTIONS, nets)), standard=standard)
+    records, *_ = measure_session(store, person, [paired], CPU)
     wanted = np.mean([r["ssim"] for r in records if r["direction"] == "t1w-to-t2w"
                       and r["protocol"] == "brain"])
     found, = (r["ssim"] for r in table(out / "subjects.csv") if r["id"] == "painted_sub-04"
@@ -713,7 +727,7 @@ def test_the_blend_goes_from_the_stores_real_slice_to_the_translated_one(
             choose(opened, number, k, 100, direction)
             made = grey(opened, "viewer-result")
             with torch.no_grad():
-                fake = net(torch.from_numpy(source[row].astype(np.float32))[None, None])[0, 0]
+                fake = net(given(ckpt, store, np.array([row]), direction[:3]))[0, 0]
             assert np.abs(made - shades(fake.numpy())).max() <= 1
             assert np.abs(made - real).max() > 20
             row += 1

@@ -9,6 +9,8 @@ from painted_lesions import LESIONS, VOXEL_MM, inside, paint, write_lesion_store
 from painted_store import write_store
 
 import measuring
+from data.histogram import StandardRows, find_standard
+from data.slices import shown
 from data.store import SliceStore
 from losses import quality, volume_quality
 from measuring import (Method, RealLesions, copy_input, figures_of, measure_session, over_slices,
@@ -142,6 +144,33 @@ def test_slices_too_small_for_it_have_no_checkerboard():
     small, mask = torch.rand(2, 1, 24, 24) * 2 - 1, torch.ones(2, 1, 24, 24).bool()
     found = measuring.measure_slices(small, small, small, mask)["brain"]
     assert "checkerboard" not in found and found["ssim"].tolist() == pytest.approx([1, 1])
+
+
+def test_a_net_is_given_standard_histograms_and_measured_beside_real_ones(store):
+    standard = StandardRows(store, find_standard(store))
+    given = []
+
+    def keep(real):
+        given.append(real)
+        return real
+
+    copying = Method("model", dict.fromkeys(("t1w-to-t2w", "t2w-to-t1w"), keep), "x.pt", standard)
+    at = session(store, "04")
+    records, translated, _ = measure_session(store, at, [copying, copy_input()], CPU, 50)
+    rows = at["first_row"] + np.arange(at["n_slices"])
+    t1w, t2w, mask = reals(store, "04")
+    wanted = shown(t1w, rows, "t1w", standard)
+    # T1w and back, then T2w and back: what was generated is given as it is
+    assert len(given) == 4 and torch.equal(given[0], wanted) and torch.equal(given[1], wanted)
+    assert torch.equal(given[2], shown(t2w, rows, "t2w", standard))
+    assert torch.equal(translated["t1w-to-t2w"], wanted) and not torch.equal(wanted, t1w)
+    model = list(select(records, method="model", protocol="brain", direction="t1w-to-t2w"))
+    floor = list(select(records, method="floor", protocol="brain", direction="t1w-to-t2w"))
+    real = quality.mae((wanted + 1) / 2, (t2w + 1) / 2, mask)  # not a standardised T2w
+    assert [r["mae"] for r in model] == pytest.approx(real.tolist())
+    real = quality.mae((t1w + 1) / 2, (t2w + 1) / 2, mask)
+    assert [r["mae"] for r in floor] == pytest.approx(real.tolist())
+    assert all(r["from_input"] == r["cycle_error"] == 0 for r in model)
 
 
 def test_a_net_never_gets_more_slices_than_the_batch(store):

@@ -13,7 +13,7 @@ from config import TrainConfig
 from device import Process
 from models.cyclegan import EMA
 from step import NETS, TERMS, Frozen, Recorded, compilation_pays, train_step
-from train import Training
+from training import Training
 
 CPU, NO_GPU = torch.device("cpu"), not torch.cuda.is_available()
 CONFIG = TrainConfig(features=4, blocks=1, precision="fp32", epochs=4, epochs_decay=4,

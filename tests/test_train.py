@@ -35,15 +35,21 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 import health
 import run_folder
 import train
+import validation
 from config import TrainConfig
 from data.contrast import intensity_quantiles
-from data.slices import UnpairedBatches
+from data.histogram import StandardRows, find_standard
+from data.slices import UnpairedBatches, shown, to_tensor
 from data.store import SliceStore
 from device import Process, start_process
 from losses.history import ImageHistory
+from losses.quality import mae, psnr_db
 from losses.structure import structure_loss
 from models import checkpoint
-from train import TERMS, WATCHED, Training, train_step
+from run_folder import preprocessing_record
+from step import TERMS, WATCHED, train_step
+from training import Training
+from validation import look, sample_grid, validate
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
@@ -378,7 +384,7 @@ def test_intensities_of_real_and_generated_slices_are_histograms_in_tensorboard(
     store = SliceStore(slices)
     real = board.Histograms("intensity/t2w_real")
     assert [h.step for h in real] == [5, 7]
-    rows = train.fixed_rows(store, 32)
+    rows = validation.fixed_rows(store, 32)
     inside = (store.t2w[rows].astype(np.float32)[store.mask(rows)] + 1) / 2
     found = real[0].histogram_value
     assert found.num == inside.size
@@ -431,8 +437,8 @@ def test_a_run_in_parts_keeps_the_same_progress_and_drops_what_was_not_saved(run
 
 def test_a_moment_shows_what_the_averaged_nets_make_of_the_fixed_slices(slices):
     t, store = alone(), SliceStore(slices)
-    moment = train.look(t, store, shown=2, counted=8)
-    rows = train.fixed_rows(store, 2)
+    moment = look(t, store, kept_slices=2, counted=8)
+    rows = validation.fixed_rows(store, 2)
     real_x, real_y = (torch.from_numpy(a[rows].astype(np.float32))[:, None]
                       for a in (store.t1w, store.t2w))
     with torch.no_grad():
@@ -443,7 +449,7 @@ def test_a_moment_shows_what_the_averaged_nets_make_of_the_fixed_slices(slices):
             found = getattr(moment, name)
             assert found.dtype == np.uint8
             np.testing.assert_allclose(found / 255, (slices_[:, 0] + 1) / 2, atol=0.51 / 255)
-        rows = train.fixed_rows(store, 8)
+        rows = validation.fixed_rows(store, 8)
         fake = G(torch.from_numpy(store.t1w[rows].astype(np.float32))[:, None])[:, 0]
     values = ((fake + 1) / 2).numpy()[store.mask(rows)]
     assert moment.t2w_counts[1].tolist() == np.histogram(values, 64, (0, 1))[0].tolist()
@@ -472,7 +478,7 @@ def test_a_terminal_shows_one_line_and_a_log_one_an_interval(slices, tmp_path):
 
 def test_the_sample_grid_shows_real_translated_cycled_and_identity_slices(slices):
     t, store = alone(), SliceStore(slices)
-    grid = train.sample_grid(t, store, count=2)
+    grid = sample_grid(t, store, count=2)
     assert grid.shape == (3, 2 * 34 + 2, 8 * 34 + 2)  # 2 pixels around each
     panels = [grid[0, 2:34, 2 + 34 * k:34 + 34 * k] * 2 - 1 for k in range(8)]
     row = store.rows("val")[np.linspace(0, 17, 4).astype(int)[1]]
@@ -494,7 +500,7 @@ def test_sample_pictures_are_files_that_open(run, tmp_path):
 
 def test_validation_figures_are_scikit_images_and_a_person_counts_once(slices):
     t, store = alone(), SliceStore(slices)
-    found = train.validate(t, store)
+    found = validate(t, store)
     people = {}
     for session in store.subjects:
         if session["split"] == "val":
@@ -515,10 +521,47 @@ def test_validation_figures_are_scikit_images_and_a_person_counts_once(slices):
     assert found["t2w_psnr_db"] == pytest.approx(wanted[1], abs=1e-4)
 
 
+def test_validation_shows_the_nets_standard_histograms_and_compares_with_real_ones(slices):
+    store = SliceStore(slices)
+    standard = StandardRows(store, find_standard(store))
+    t = Training(CONFIG, Process(0, 1, CPU), 10, standard=standard)
+    people = {}
+    for session in (s for s in store.subjects if s["split"] == "val"):
+        rows = session["first_row"] + np.arange(session["n_slices"])
+        mask = torch.from_numpy(store.mask(rows))[:, None]
+        given, real = shown(to_tensor(store.t1w[rows]), rows, "t1w", standard), store.t2w[rows]
+        with torch.no_grad():
+            fake, again = t.ema.G(given), t.ema.F(t.ema.G(given))
+        people.setdefault(session["subject"], []).append(torch.stack([
+            psnr_db((fake + 1) / 2, (to_tensor(real) + 1) / 2, mask),
+            mae((again + 1) / 2, (given + 1) / 2, mask)], dim=1))
+    wanted = torch.stack([torch.cat(found).mean(0) for found in people.values()]).mean(0)
+    found = validate(t, store)
+    assert found["t2w_psnr_db"] == pytest.approx(float(wanted[0]), abs=1e-4)
+    assert found["t2w_cycle_error"] == pytest.approx(float(wanted[1]), abs=1e-6)
+    assert found["t2w_psnr_db"] != pytest.approx(validate(alone(), store)["t2w_psnr_db"], abs=1e-3)
+    plain, given = sample_grid(alone(), store), sample_grid(t, store)
+    assert plain.shape == given.shape and not torch.equal(plain, given)
+
+
+def test_a_checkpoint_records_the_histograms_that_its_nets_were_shown(run, slices, tmp_path):
+    run("--max-steps", 1)
+    assert run("--max-steps", 1, "--standardise", "none", folder="plain").code == 0
+    standard, plain = (checkpoint.load(tmp_path / folder / "best.pt")["preprocessing"]
+                       for folder in ("run", "plain"))
+    assert standard["standard"] == find_standard(SliceStore(slices), ["t1w"]).record()
+    assert "standard" not in plain
+    others = write_store(tmp_path / "others", {**SPLITS, "train": ["01", "02", "06"],
+                                               "test": ["03"]})
+    assert run("--max-steps", 2, "--override", store=others).code == 0
+    again = checkpoint.load(tmp_path / "run" / "last.pt")["preprocessing"]
+    assert again["standard"] == standard["standard"]  # the nets know no other
+
+
 def test_validation_figures_that_need_no_pairs(slices):
     store = SliceStore(slices)
     t = Training(CONFIG, Process(0, 1, CPU), 10, quantiles=intensity_quantiles(store))
-    found = train.validate(t, store)
+    found = validate(t, store)
     errors, distances, people = [], [], {s["subject"] for s in store.subjects
                                          if s["split"] == "val"}
     training = store.rows("train")
@@ -535,7 +578,7 @@ def test_validation_figures_that_need_no_pairs(slices):
         distances.append(wasserstein_distance(fake_x[:, 0].numpy()[mask], real) / 2)
     assert found["t1w_cycle_error"] == pytest.approx(np.mean(errors), rel=1e-4)
     assert found["t1w_histogram_distance"] == pytest.approx(np.mean(distances), rel=0.02)
-    without = train.validate(alone(), store)  # nothing to compare with
+    without = validate(alone(), store)  # nothing to compare with
     assert set(found) - set(without) == {"t2w_histogram_distance", "t1w_histogram_distance"}
 
 
@@ -906,7 +949,7 @@ def test_a_run_stopped_at_an_epochs_last_step_is_validated_when_it_goes_on(slice
     config = replace(CONFIG, slices=str(slices), run=str(tmp_path), workers=0)
     store = SliceStore(slices)
     loader = UnpairedBatches(store, batch_size=1, steps_per_epoch=5)
-    t = Training(config, Process(0, 1, CPU), 5, train.preprocessing_record(store))
+    t = Training(config, Process(0, 1, CPU), 5, preprocessing_record(store))
     t.config = replace(config, epochs=1, epochs_decay=0)
     log = train.RunLog(tmp_path, t.process, 0)
 
@@ -926,7 +969,7 @@ def test_a_run_stopped_at_an_epochs_last_step_is_validated_when_it_goes_on(slice
 def test_a_run_stopped_while_it_validates_ends_at_once_and_judges_later(
         run, tmp_path, monkeypatch):
     """The signal comes with the first of two subjects; the second one is not waited for."""
-    judge, judged = train._validate_subject, []
+    judge, judged = validation._validate_subject, []
 
     def interrupted(*arguments):
         judged.append(judge(*arguments))
@@ -934,7 +977,7 @@ def test_a_run_stopped_while_it_validates_ends_at_once_and_judges_later(
             os.kill(os.getpid(), signal.SIGTERM)
         return judged[-1]
 
-    monkeypatch.setattr(train, "_validate_subject", interrupted)
+    monkeypatch.setattr(validation, "_validate_subject", interrupted)
     outcome = run("--max-steps", 10)
     assert outcome.code == 1 and "stopped at step 5 of 10" in outcome.out and len(judged) == 1
     assert records(tmp_path / "run", "validation") == []
@@ -1128,6 +1171,12 @@ def test_a_store_that_is_none_is_one_error(run, tmp_path):
     assert outcome.code == 2 and "is a file; name a folder" in outcome.complaint
 
 
+def test_a_store_without_training_subjects_is_one_error(run, tmp_path):
+    untrained = write_store(tmp_path / "untrained", {"val": ["04"], "test": ["06"]})
+    outcome = run("--max-steps", 1, store=untrained)
+    assert outcome.code == 2 and "the train split has 0 slices" in outcome.complaint
+
+
 def test_no_constant_part_is_fine(run):
     assert run("--epochs", 0, "--epochs-decay", 1).code == 0
 
@@ -1209,13 +1258,13 @@ def one_of_two(rank, port, slices, out):
     t = Training(config, process, loader.steps_per_epoch)
     train_step(t, *next(loader.batches(0)))
     found["gradients"] = {name: p.grad for name, p in t.nets.named_parameters()}
-    found["figures"] = train.validate(t, store)
+    found["figures"] = validate(t, store)
 
     # two epochs of the real loop, in one part and in two
     config = replace(config, flip=True, history_size=4, epochs=1, epochs_decay=1, log_every=4)
 
     def go_on(config, state=None):
-        t = Training(config, process, loader.steps_per_epoch, train.preprocessing_record(store))
+        t = Training(config, process, loader.steps_per_epoch, preprocessing_record(store))
         if state:
             t.load(state)
         log = train.RunLog(Path(config.run), process, t.step)
@@ -1302,7 +1351,7 @@ def test_validation_does_not_depend_on_how_many_processes_share_it(two_processes
                for r in (0, 1)]
     t = alone(replace(CONFIG, history_size=0))
     train_step(t, *(torch.cat(pair) for pair in zip(*batches)))
-    assert first["figures"] == pytest.approx(train.validate(t, store), abs=1e-3)
+    assert first["figures"] == pytest.approx(validate(t, store), abs=1e-3)
     assert len(first["figures"]) == 12 and second["figures"] == {}
 
 

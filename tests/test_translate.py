@@ -16,6 +16,7 @@ from painted_scans import ON_CPU, scan, translator, write_checkpoint
 import device
 import translate
 from data.derivatives import write_record
+from data.histogram import PERCENTILES, Standard, landmarks
 from models import checkpoint, export
 from translate import Translator, Wanted, parse_args, plan_files, translate_volume
 
@@ -544,6 +545,18 @@ def test_one_direction_can_be_exported_alone(command, tmp_path):
     assert command("--export", "torchscript", "--direction", "t2w-to-t1w").code == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["t2w-to-t1w.ts",
                                                                     "t2w-to-t1w.ts.json"]
+
+
+def test_an_exported_net_comes_with_the_histogram_that_it_wants_to_be_shown(tmp_path):
+    wanted = Standard({"t1w": landmarks(np.linspace(-0.8, 0.9, 100))})
+    ckpt = write_checkpoint(tmp_path / "best.pt", standard=wanted)
+    assert run_command(translate.main, "--ckpt", ckpt, "--out", tmp_path / "out", "--export",
+                       "torchscript").code == 0
+    there, back = (json.loads((tmp_path / "out" / f"{way}.ts.json").read_text())
+                   for way in ("t1w-to-t2w", "t2w-to-t1w"))
+    assert there["HistogramStandard"]["Landmarks"] == wanted.record()["t1w"]
+    assert there["HistogramStandard"]["Percentiles"] == list(PERCENTILES)
+    assert "HistogramStandard" not in back  # a T2w is taken as it is
 
 
 def test_two_formats_in_one_folder_keep_their_records(command, tmp_path):

@@ -9,7 +9,9 @@ from scipy import ndimage
 from torch import nn
 
 from data import contrast
-from data.volume import volume_from_image
+from data.histogram import Standard, StandardRows, find_standard, landmarks
+from data.store import SliceStore
+from data.volume import read_volume, volume_from_image
 from models import checkpoint
 from models.generator import DARKEST
 from translator import Translator, Wanted, _share_out
@@ -207,6 +209,45 @@ def test_a_cycle_that_comes_back_has_no_error_and_one_that_does_not_has_its_dist
     image = scaled(scan((40, 48, 36), (4, 4, 4)))
     np.testing.assert_allclose(found.cycle_error, image / 2, atol=1e-6)
     np.testing.assert_allclose(found.data, image / 2, atol=1e-6)
+
+
+def test_a_volume_is_given_to_the_nets_with_the_histogram_of_their_training(tmp_path):
+    wanted = {name: landmarks(np.linspace(-0.8, top, 200)) for name, top in (("t1w", 0.4),
+                                                                             ("t2w", 0.9))}
+    ckpt = write_checkpoint(tmp_path / "best.pt", standard=Standard(wanted))
+    image = scan((40, 48, 36), (4, 4, 4))
+    found = translator(ckpt).translate(volume_from_image(image), "t1w-to-t2w",
+                                       Wanted(cycle_error=True, looks=2))
+    inside = found.inside
+    off = np.abs(landmarks(2 * found.data[inside] - 1) - wanted["t1w"])
+    assert off.max() < 0.06 and off.mean() < 0.02  # slices with little brain have no say
+    assert found.data[~inside].max() == 0
+    assert found.cycle_error.max() < 1e-6  # of what the nets were given
+    other = nib.Nifti1Image((scaled(image) ** 1.5 * 900).astype(np.int16), image.affine)
+    again = translator(ckpt).translate(volume_from_image(other), "t1w-to-t2w", Wanted(force=True))
+    assert np.abs(scaled(other) - scaled(image))[inside].mean() > 0.05
+    assert np.abs(again.data - found.data)[inside].mean() < 0.01
+
+
+def test_the_nets_are_given_what_they_would_be_given_from_the_store(small_tree, small_store,
+                                                                    tmp_path):
+    store = SliceStore(small_store)
+    standard = find_standard(store)
+    made = translator(write_checkpoint(tmp_path / "best.pt", standard=standard))
+    by_row = StandardRows(store, standard)
+    for session in store.subjects:
+        given = []
+        made.generators["t1w-to-t2w"].register_forward_hook(
+            lambda _, slices, out: given.append(slices[0][:, 0].numpy()))
+        volume = read_volume(small_tree / session["t1w"])
+        made.translate(volume, "t1w-to-t2w", Wanted(force=True))
+        rows = session["first_row"] + np.arange(session["n_slices"])
+        wanted = np.array(store.t1w[rows])
+        by_row.show(wanted, rows, "t1w")
+        assert not np.array_equal(wanted, store.t1w[rows])
+        found = np.concatenate(given)
+        off = [np.abs(found - slices).max(axis=(1, 2)).min() for slices in wanted.astype("f4")]
+        assert max(off) < 2e-3  # but for the rounding of the store
 
 
 @pytest.mark.parametrize("wrong", [{"looks": 0}, {"uncertainty": 1}, {"uncertainty": -2}])
