@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # where `data` is the package, whatever lies beside this script
 
 import console
+from config import TrainConfig
+from data.histogram import STANDARDISED, StandardRows, find_standard
 from data.slices import UnpairedBatches
 from data.store import Part, SliceStore, digest_rows, pack, write_part
 from device import choose_device
@@ -201,8 +203,17 @@ def compare(args: argparse.Namespace, folder: Path, store: SliceStore) -> dict[s
 
 def read_store(store: SliceStore, batch: int, workers: int, *, half: bool,
                pin: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Batches of the store without end, as training reads them."""
+    """Batches of the store without end, as they lie there."""
     loader = UnpairedBatches(store, batch_size=batch, steps_per_epoch=10 ** 9)
+    return loader.batches(0, 0, workers, half=half, pin=pin)
+
+
+def read_as_trained(store: SliceStore, batch: int, workers: int, *, half: bool,
+                    pin: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Batches of the store without end, as training reads them by default."""
+    standard = StandardRows(store, find_standard(store, STANDARDISED[TrainConfig.standardise]))
+    loader = UnpairedBatches(store, batch_size=batch, steps_per_epoch=10 ** 9,
+                             balanced=TrainConfig.balance, standard=standard)
     return loader.batches(0, 0, workers, half=half, pin=pin)
 
 
@@ -241,7 +252,7 @@ def wait(args: argparse.Namespace, store: SliceStore, device: torch.device) -> l
 def wait_asleep(args: argparse.Namespace, store: SliceStore, device: torch.device, batch: int,
                 pairs_per_s: float) -> float:
     """Share of the time in `next`, beside a GPU that is played by sleep (without Python's lock)."""
-    batches = read_store(store, batch, args.workers, half=True)
+    batches = read_as_trained(store, batch, args.workers, half=True)
     return _share_in_next(batches, args.seconds, lambda: time.sleep(batch / pairs_per_s))
 
 
@@ -249,7 +260,7 @@ def wait_beside_cpu(args: argparse.Namespace, store: SliceStore, device: torch.d
                     pairs_per_s: float) -> float:
     """Share of the time in `next`, float32, beside matrix products on all cores."""
     torch.set_num_threads(os.cpu_count() or 1)
-    batches = read_store(store, batch, args.workers, half=False)
+    batches = read_as_trained(store, batch, args.workers, half=False)
     square = torch.randn(512, 512)
 
     def compute() -> None:
@@ -290,7 +301,7 @@ def wait_on_gpu(args: argparse.Namespace, store: SliceStore, device: torch.devic
         seconds = _time_gpu(square, products, 1, None)
         products = max(1, round(products * batch / pairs_per_s / seconds))
     steps = max(8, round(args.seconds * pairs_per_s / batch / 2))
-    batches = read_store(store, batch, args.workers, half=True, pin=True)
+    batches = read_as_trained(store, batch, args.workers, half=True, pin=True)
     _time_gpu(square, products, 8, batches)
     beside, alone = (_time_gpu(square, products, steps, each) for each in (batches, None))
     batches.close()

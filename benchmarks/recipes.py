@@ -39,7 +39,7 @@ from measuring import CEILING, DIRECTIONS, FLOOR, MODEL, TABLE
 from models import checkpoint
 from summary import COPY_RATIO
 
-EPOCHS = 20  # pieces of a run, each judged once
+EPOCHS = 20  # pieces of a run by default, each judged once
 LAST = 5  # of them, over which the swing is measured
 LIKE_REAL = 0.1  # distance of histograms within which a translation is no copy (real heads': 0.29)
 SHOWN = {"t1w-to-t2w": "t2w", "t2w-to-t1w": "t1w"}  # what train.py calls a direction's figures
@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
                    help="names of train.py --recipe, or NAME=OPTIONS for the defaults with others")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each fold for each")
     p.add_argument("--pairs", type=int, default=20000, help="slice pairs seen by a run")
+    p.add_argument("--epochs", type=int, default=EPOCHS,
+                   help="pieces of a run, each judged once; fewer cost less where heads are few")
     p.add_argument("--features", type=int, default=32, help="of the nets")
     p.add_argument("--ceiling", action="store_true",
                    help="also train nets on pairs, as long: for the first recipe and seed")
@@ -82,8 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder to write into")
     args = p.parse_args(argv)
-    if args.pairs < EPOCHS:
-        raise ValueError(f"--pairs {args.pairs}: at least {EPOCHS}")
+    if args.epochs < LAST:
+        raise ValueError(f"--epochs {args.epochs}: at least {LAST}, the swing is theirs")
+    if args.pairs < args.epochs:
+        raise ValueError(f"--pairs {args.pairs}: at least {args.epochs}")
     whole = store.SliceStore(args.slices)
     folds = [write_fold(whole, names.split(","), args.out / f"fold{fold}")
              for fold, names in enumerate(args.held_out)]
@@ -147,15 +151,15 @@ def write_fold(whole: store.SliceStore, held_out: Sequence[str], folder: Path) -
 def work(job: Job, fold: Path, first: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train and evaluate a job as far as that is not done; its rows of the table."""
     run, evaluation = job.folder / "run", job.folder / "evaluation"
-    steps = args.pairs // EPOCHS  # at batch 1; --batch-size in a recipe changes the pairs
+    steps = args.pairs // args.epochs  # at batch 1; --batch-size in a recipe changes the pairs
     batch = int(dict(zip(job.options, job.options[1:])).get("--batch-size", 1))
-    last = EPOCHS * (steps // batch)
+    last = args.epochs * (steps // batch)
     figures = read_curve(run)
     if not figures or figures[-1]["step"] < last:
         call("train.py", "--slices", fold, "--run", run, "--features", args.features, "--epochs",
-             EPOCHS // 2, "--epochs-decay", EPOCHS - EPOCHS // 2, "--steps-per-epoch",
-             steps // batch, "--seed", job.seed, "--device", args.device, *job.options,
-             log=job.folder / "train.log")
+             args.epochs // 2, "--epochs-decay", args.epochs - args.epochs // 2,
+             "--steps-per-epoch", steps // batch, "--seed", job.seed, "--device", args.device,
+             *job.options, log=job.folder / "train.log")
         figures = read_curve(run)
     alike = (job.recipe, job.seed) == (first.recipe, first.seed)
     ceiling = ["--ceiling"] if args.ceiling and alike else []

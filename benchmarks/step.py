@@ -36,7 +36,7 @@ from config import TrainConfig
 from device import PRECISIONS, Process, choose_device, choose_precision, peak_memory_gib
 from models.cyclegan import init_weights
 from step import train_step
-from train import Training
+from training import Training
 
 # ratios to the textbook's update that are asked for, and GiB
 TARGETS = {"cpu": {1: 3.5, 4: 4.8, 16: 5.2}, "cuda": {1: 4.0, 16: 15.0}}
