@@ -19,7 +19,8 @@ for batch in 1 16 128; do
         > "$caches/$batch.log" 2>&1 &
 done
 timeout 200 "$python" -m pytest --noconftest -q -m cuda -p no:cacheprovider tests/test_step.py \
-    tests/test_train.py tests/test_device.py tests/test_models_generator.py \
+    tests/test_step_textbook.py tests/test_training.py tests/test_train.py \
+    tests/test_train_torchrun.py tests/test_device.py tests/test_models_generator.py \
     tests/test_losses_history.py || code=1
 wait
 timeout 60 "$python" benchmarks/step.py --device cuda --compile no --batches 1 16 --repeats 5

@@ -1,4 +1,4 @@
-"""Tests of device.py; what needs several processes is in test_train.py."""
+"""Tests of device.py; what needs several processes is in test_training.py."""
 
 import random
 import time
