@@ -382,10 +382,11 @@ def cut(volume: Volume, mask: np.ndarray, record: dict[str, Any], phase: float =
     phase : how far between their places slices are cut, in slices
     """
     grid = slicing_grid(volume, record["spacing_mm"])
-    if phase:
+    if phase:  # and a slice more on the side that they move away from: a brain may begin there
+        i, j, k = grid.shape
         affine = grid.affine.copy()
-        affine[:3, 3] += phase * affine[:3, 2]
-        grid = Grid(grid.shape, affine)
+        affine[:3, 3] += (phase - (phase > 0)) * affine[:3, 2]
+        grid = Grid((i, j, k + 1), affine)
     on_grid = resample(mask, volume.affine, grid, nearest=True)
     slices, placement = place(resample(volume.data, volume.affine, grid), on_grid, grid,
                               record["size"], path=volume.path,

@@ -182,6 +182,21 @@ def test_slices_between_slices_are_laid_back_where_they_came_from(tmp_path):
     assert min(up, down) > 2 * np.abs(many.data - plain.data)[inner].mean()
 
 
+def test_a_brain_that_begins_in_the_volumes_first_slice_is_seen_by_all_looks(tmp_path):
+    """Slices of 4 mm at voxels of 1.9: those between begin 1.3 mm above the volume's first one."""
+    ckpt = write_checkpoint(tmp_path / "best.pt", size=60, spacing_mm=4.0)
+    whole = scan((84, 100, 84), (2, 2, 1.9))
+    volume = volume_from_image(whole.slicer[:, :, 24:66])  # the brain reaches both ends
+    made = translator(ckpt)
+    plain = made.translate(volume, "t1w-to-t2w")
+    assert plain.inside[:, :, 0].any() and plain.inside[:, :, -1].any()
+    many = made.translate(volume, "t1w-to-t2w", Wanted(looks=6, uncertainty=6))
+    for k in (0, 1, -2, -1):
+        inner = ndimage.binary_erosion(plain.inside[:, :, k], iterations=4)
+        assert np.abs(many.data - plain.data)[:, :, k][inner].mean() < 0.02
+        assert many.uncertainty[:, :, k][inner].mean() < 0.03
+
+
 def test_uncertainty_is_the_scatter_of_the_looks_and_their_mean_is_steadier(ckpt):
     volume = volume_from_image(scan((40, 48, 36), (4, 4, 4)))
     made = translator(ckpt, (Ramp(), Ramp()))
