@@ -15,6 +15,7 @@ copied its input or inverted the contrast.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import console
+from config import parse_args
 from data import store
 from measuring import CEILING, DIRECTIONS, FLOOR, MODEL, TABLE
 from models import checkpoint
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for found in done for row in found]
     print_table(rows)
     print(json.dumps({"benchmark": "recipes", "pairs": args.pairs, "features": args.features,
-                      "runs": rows}))
+                      "runs": rows}, allow_nan=False))
     return int(any(row.get("copied") or row.get("inverted") for row in rows))
 
 
@@ -150,9 +152,10 @@ def write_fold(whole: store.SliceStore, held_out: Sequence[str], folder: Path) -
 
 def work(job: Job, fold: Path, first: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train and evaluate a job as far as that is not done; its rows of the table."""
+    claim(job, fold, args)
     run, evaluation = job.folder / "run", job.folder / "evaluation"
     steps = args.pairs // args.epochs  # at batch 1; --batch-size in a recipe changes the pairs
-    batch = int(dict(zip(job.options, job.options[1:])).get("--batch-size", 1))
+    batch = parse_args([*job.options])[0].batch_size
     last = args.epochs * (steps // batch)
     figures = read_curve(run)
     if not figures or figures[-1]["step"] < last:
@@ -171,6 +174,31 @@ def work(job: Job, fold: Path, first: Job, args: argparse.Namespace) -> list[dic
         summary = read_summary(evaluation, run / "last.pt", bool(ceiling))
         assert summary is not None
     return list(rows_of(job, summary, figures, speed_of(run)))
+
+
+def claim(job: Job, fold: Path, args: argparse.Namespace) -> None:
+    """Write down what a job is, before it begins; what is there of another one is not this one's.
+
+    Raises
+    ------
+    ValueError : the folder has a run of other held-out subjects, options, pairs or features
+    """
+    path = job.folder / "job.json"
+    asked = {"options": [*job.options], "seed": job.seed, "features": args.features,
+             "pairs": args.pairs, "epochs": args.epochs,
+             "subjects_sha256": hashlib.sha256((fold / "subjects.tsv").read_bytes()).hexdigest()}
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in asked if asked[name] != there.get(name)]
+        if other:
+            raise ValueError(f"{job.folder}: has a run with other {', '.join(other)}; take another "
+                             "--out, or delete the folder")
+    elif (job.folder / "run").exists():
+        raise ValueError(f"{job.folder}: has a run, and no job.json that says of what; take "
+                         "another --out, or delete the folder")
+    else:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        store.write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
 
 
 def call(script: str, *options: object, log: Path) -> None:
@@ -205,9 +233,10 @@ def read_curve(run: Path) -> list[dict[str, Any]]:
     return list(_of_kind(run, "validation"))
 
 
-def speed_of(run: Path) -> float:
-    """Median slice pairs a second of a run."""
-    return float(np.median([line["pairs_per_s"] for line in _of_kind(run, "speed")] or [np.nan]))
+def speed_of(run: Path) -> float | None:
+    """Median slice pairs a second of a run; None of one that was too short to measure it."""
+    found = [line["pairs_per_s"] for line in _of_kind(run, "speed")]
+    return float(np.median(found)) if found else None
 
 
 def _of_kind(run: Path, kind: str) -> Iterable[dict[str, Any]]:
@@ -219,7 +248,7 @@ def _of_kind(run: Path, kind: str) -> Iterable[dict[str, Any]]:
 
 
 def rows_of(job: Job, summary: dict[str, Any], curve: Sequence[dict[str, Any]],
-            pairs_per_s: float) -> Iterable[dict[str, Any]]:
+            pairs_per_s: float | None) -> Iterable[dict[str, Any]]:
     """A row for each method and direction of one evaluation."""
     for direction in DIRECTIONS:
         ssims = [point[f"{SHOWN[direction]}_ssim"] for point in curve]

@@ -116,3 +116,30 @@ def test_two_recipes_are_trained_measured_and_not_repeated(slices, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.stdout == first.stdout
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.pt")}
+    # and are not taken for those of another question
+    for options, said in ((["--features", "3"], "other features"), (["--pairs", "40"], "other pairs"),
+                          (["--held-out", people[2]], "other subjects_sha256")):
+        other = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert other.returncode == 2 and said in other.stderr and "--out" in other.stderr
+
+
+def test_a_recipes_batches_take_no_more_pairs_than_asked_for(slices, tmp_path, monkeypatch):
+    asked = []
+
+    def call(script, *options, log):
+        asked.append(dict(zip(options, options[1:]))["--steps-per-epoch"])
+        raise RuntimeError("as far as this")
+
+    monkeypatch.setattr(recipes, "call", call)
+    for name, options in (("a", "--batch-size=4"), ("b", "--batch-size 4"), ("c", "--lr 1e-3")):
+        with pytest.raises(RuntimeError, match="as far as this"):
+            recipes.main(["--slices", str(slices), "--out", str(tmp_path), "--held-out", "01",
+                          "--recipes", f"{name}={options}", "--pairs", "80", "--epochs", "5"])
+    assert asked == [4, 4, 16]
+
+
+def test_a_folder_with_a_run_of_unknown_options_is_refused(slices, tmp_path):
+    (tmp_path / "default" / "fold0_seed0" / "run").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has a run, and no job.json"):
+        recipes.main(["--slices", str(slices), "--out", str(tmp_path), "--held-out", "01",
+                      "--recipes", "default"])
