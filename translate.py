@@ -23,10 +23,8 @@ if __name__ == "__main__":  # imports make a million objects and no garbage: 0.5
 import argparse
 import logging
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +34,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import console
 from data import brain, derivatives
-from data.derivatives import ENDING, derived_name, read_record, sidecar, stem, write_record
+from data.derivatives import read_record, sidecar, write_record
+from data.histogram import MOST_SLICES
 from data.subject import sha256
 from data.volume import (IntensityScale, Volume, image_like, read_volume, volume_from_image,
                          write_like)
+from translation_jobs import (CYCLE, SCATTER, STARTED, SYNTHETIC, Job, direction_of,
+                              given_mask_sha256, plan_files, plan_tree)
 from translator import (DIRECTIONS, EXTRACTIONS, PRECISIONS, Brain, NoExtractor, Translation,
                         Translator, Wanted, extracted_brain)
 
@@ -47,8 +48,6 @@ log = logging.getLogger("translate")
 NAME, VERSION = "T1w-T2w CycleGAN", "0.1.0"
 ENSEMBLE = 6  # looks of --ensemble: mirrored and not, each at the three places between slices
 FORMATS = ("onnx", "torchscript", "torch-export")  # of `models.export`, which imports torch
-SYNTHETIC, SCATTER, CYCLE = "synthetic", "syntheticSD", "cycleError"
-STARTED = {"Description": "unfinished: translate.py writes this volume, or was stopped in doing so"}
 
 
 def translate_volume(image: Any, ckpt: Any, direction: str = "auto", *, wanted: Wanted = Wanted(),
@@ -161,6 +160,9 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, alone or together."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if not 0 < args.brain_ml[0] < args.brain_ml[1]:
+        raise ValueError(f"--brain-ml {' '.join(map(str, args.brain_ml))}: smallest, then largest "
+                         "volume in millilitres")
     if args.uncertainty < 0 or args.uncertainty == 1:
         raise ValueError(f"--uncertainty {args.uncertainty}: a scatter needs at least 2 looks")
     if args.out.exists() and not args.out.is_dir():
@@ -241,142 +243,37 @@ def export_nets(args: argparse.Namespace) -> int:
         export.require_onnx()
     args.out.mkdir(parents=True, exist_ok=True)
     directions = DIRECTIONS if args.direction == "auto" else (args.direction,)
-    for direction in tqdm(directions, unit="net", desc="export", disable=None):
-        path = args.out / f"{direction}{export.ENDINGS[args.export]}"
+    paths = {d: args.out / f"{d}{export.ENDINGS[args.export]}" for d in directions}
+    fingerprint = sha256(args.ckpt)
+    for path in paths.values():
+        refuse_other_net(path, fingerprint, args.overwrite)
+    for direction, path in tqdm(paths.items(), unit="net", desc="export", disable=None):
+        record_of_net(path).unlink(missing_ok=True)  # it is a net's word: that of before goes first
         export.export(nets[direction], record["size"], args.export, path)
         source, target = DIRECTIONS[direction]
-        write_record(path.with_name(path.name + ".json"), {  # each format has a record of its own
+        write_record(record_of_net(path), {
             "Description": f"{source} slices to synthetic {target} slices; not for diagnosis",
             "Format": args.export, "Input": export.INPUT, "Output": export.OUTPUT,
             "Shape": ["N", 1, record["size"], record["size"]], "DType": "float32",
             "Range": [-1, 1], "Background": -1, "SliceLayout": record.get("layout", ""),
             "Preprocessing": preprocessing_of(record),
             **histogram_of(record, source.lower()),
-            "Checkpoint": args.ckpt.name, "CheckpointSHA256": sha256(args.ckpt)})
+            "Checkpoint": args.ckpt.name, "CheckpointSHA256": fingerprint})
         log.info("%s -> %s", args.ckpt, path)
     return console.DONE
 
 
-# ---------------------------------------------------------------------------------------- jobs
+def record_of_net(path: Path) -> Path:
+    """The JSON file of an exported net; each format has a record of its own."""
+    return path.with_name(path.name + ".json")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One volume to translate.
-
-    Attributes
-    ----------
-    source : the file
-    direction : one of `DIRECTIONS`
-    outputs : file to write by what it is (`SYNTHETIC`, `SCATTER`, `CYCLE`)
-    name : of the source, for the record: below its tree, or of the file alone
-    """
-
-    source: Path
-    direction: str
-    outputs: dict[str, Path]
-    name: str
-
-    def is_done(self, described: dict[str, Any], overwrite: bool) -> bool:
-        """Whether a run with the same checkpoint, options and source has made the files whole.
-
-        Files whose record is `STARTED` are of a run that was killed, and are made again.
-
-        Raises
-        ------
-        ValueError : they were made otherwise, or not by us, and may not be overwritten
-        """
-        found = {path: read_record(sidecar(path)) for path in self.outputs.values()}
-        alike = {"CheckpointSHA256": described["CheckpointSHA256"], "Direction": self.direction,
-                 "Settings": described["Settings"], "SourceSHA256": self._sha256_of_source()}
-        for path, record in found.items():
-            there = path.exists()
-            if record == STARTED:
-                continue
-            if "CheckpointSHA256" not in record and (there or sidecar(path).exists()):
-                fault = "is there already, and no record beside it says that translate.py made it"
-            elif there and any(record.get(key) != value for key, value in alike.items()):
-                fault = "made with another checkpoint, other options or from another file"
-            else:
-                continue
-            if overwrite:
-                return False
-            raise ValueError(f"{path}: {fault}; take another --out, or --overwrite")
-        return all(path.exists() and record != STARTED for path, record in found.items())
-
-    def _sha256_of_source(self) -> str:
-        """Of the source, once there is something made to compare it with."""
-        made = self.source.is_file() and any(path.exists() for path in self.outputs.values())
-        return sha256(self.source) if made else ""
-
-
-def plan_files(inputs: Sequence[Path], args: argparse.Namespace) -> list[Job]:
-    """Jobs for single files; refuses now what could not work later."""
-    jobs = []
-    for source in inputs:
-        if source.is_dir():
-            raise ValueError(f"{source}: is a folder; name the volumes in it, or give a BIDS tree "
-                             f"as --bids {source}")
-        if not source.is_file():
-            raise FileNotFoundError(f"{source}: no such file; check the name")
-        if not ENDING.search(source.name):
-            raise ValueError(f"{source}: not a .nii or .nii.gz file")
-        direction = args.direction if args.direction != "auto" else direction_of(source)
-        jobs.append(Job(source, direction, outputs_of(source, direction, args.out, args),
-                        source.name))
-    return check_plan(jobs, args)
-
-
-def plan_tree(root: Path, scans: Sequence[Path], args: argparse.Namespace) -> list[Job]:
-    """Jobs for the scans of a BIDS tree, into a tree of derivatives."""
-    jobs = []
-    for source in scans:
-        name = source.relative_to(root)
-        outputs = outputs_of(source, args.direction, args.out / name.parent, args)
-        jobs.append(Job(source, args.direction, outputs, f"bids:raw:{name.as_posix()}"))
-    return check_plan(jobs, args)
-
-
-def outputs_of(source: Path, direction: str, folder: Path,
-               args: argparse.Namespace) -> dict[str, Path]:
-    """The files that a volume's translation consists of; a cycle's error is of the source."""
-    start, end = DIRECTIONS[direction]
-    outputs = {SYNTHETIC: folder / derived_name(source, SYNTHETIC, end)}
-    if args.uncertainty:
-        outputs[SCATTER] = folder / derived_name(source, SCATTER, end)
-    if args.cycle_error:
-        outputs[CYCLE] = folder / derived_name(source, CYCLE, start)
-    return outputs
-
-
-def check_plan(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
-    """Refuse an input as output, two inputs for one output, and one --match for two contrasts."""
-    inputs = [job.source for job in jobs] + ([args.match] if args.match else [])
-    kept = {path.resolve() for source in inputs for path in (source, sidecar(source))}
-    for job in jobs:
-        for path in job.outputs.values():
-            if not kept.isdisjoint((path.resolve(), sidecar(path).resolve())):
-                raise ValueError(f"{job.source}: would be written to {path}, and that is one of "
-                                 "the inputs; take another --out")
-    counts = Counter(job.outputs[SYNTHETIC] for job in jobs)
-    for job in jobs:
-        if counts[job.outputs[SYNTHETIC]] > 1:
-            raise ValueError(f"{job.source}: another input would be written to "
-                             f"{job.outputs[SYNTHETIC]}, too; translate them into different --out "
-                             "folders")
-    if args.match and len({job.direction for job in jobs}) > 1:
-        raise ValueError(f"--match {args.match}: T1w and T2w are to be made; translate them in two "
-                         "runs, each with a reference of its own")
-    return jobs
-
-
-def direction_of(source: Path) -> str:
-    """The direction that a file's name says."""
-    for direction, (start, _) in DIRECTIONS.items():
-        if stem(source).endswith(start):
-            return direction
-    raise ValueError(f"{source}: the name does not end in _T1w or _T2w; say which it is with "
-                     "--direction")
+def refuse_other_net(path: Path, fingerprint: str, overwrite: bool) -> None:
+    """Refuse to write over a net of another checkpoint, or of another program."""
+    made = read_record(record_of_net(path)).get("CheckpointSHA256")
+    if path.exists() and made != fingerprint and not overwrite:
+        raise ValueError(f"{path}: is there already, and not of this checkpoint; take another "
+                         "--out, or --overwrite")
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted:
@@ -418,8 +315,15 @@ def preprocessing_of(record: dict[str, Any]) -> dict[str, Any]:
 def histogram_of(record: dict[str, Any], contrast: str) -> dict[str, Any]:
     """What histogram a net wants slices of a contrast to have; {} where any will do."""
     found = record.get("standard", {})
-    return {"HistogramStandard": {"Percentiles": found["percentiles"],
-                                  "Landmarks": found[contrast]}} if contrast in found else {}
+    if contrast not in found:
+        return {}
+    return {"HistogramStandard": {
+        "Percentiles": found["percentiles"], "Landmarks": found[contrast],
+        "MinBrainArea": record["min_brain_area"], "Slices": MOST_SLICES,
+        "Description": "before the net: -1, the volume's Percentiles inside the brain, and 1 are "
+                       "moved to Landmarks, linearly in between; background stays -1. Percentiles "
+                       "are taken from at most so many Slices at equal steps, of those with at "
+                       "least MinBrainArea of the largest slice's brain"}}
 
 
 def translate_job(job: Job, scan: tuple[Volume, Brain | None], translator: Translator,
@@ -439,29 +343,43 @@ def translate_job(job: Job, scan: tuple[Volume, Brain | None], translator: Trans
              CYCLE: (found.cycle_error, f"distance of the {start} from its translation to {end} "
                                         "and back, in [0, 1]"),
              SYNTHETIC: (data, f"{end} translated from {start}; synthetic, not for diagnosis")}
+    for path in job.left_over():  # maps of another translation, --overwrite says
+        path.unlink(missing_ok=True)
+        sidecar(path).unlink(missing_ok=True)
     for path in job.outputs.values():  # a record is the files' word: that of before goes first
         derivatives.remove_parts(path)
         derivatives.remove_parts(sidecar(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(sidecar(path), STARTED)
-    common = record_of(job, translator, found, described, scale)
+    common = record_of(job, translator, found, described)
     for what, (values, _) in parts.items():
         if what in job.outputs:
             assert values is not None
             write_like(volume, values, job.outputs[what])
     for what, (_, text) in parts.items():
         if what in job.outputs:
-            write_record(sidecar(job.outputs[what]), {"Description": text, **common})
+            write_record(sidecar(job.outputs[what]),
+                         {"Description": text, "Intensities": units_of(what, described, scale),
+                          **common})
     log.info("%s -> %s", job.source, job.outputs[SYNTHETIC])
 
 
-def record_of(job: Job, translator: Translator, found: Translation, described: dict[str, Any],
-              scale: IntensityScale | None) -> dict[str, Any]:
-    """What is said of how a volume was made."""
-    units = ("relative, 0 to 1" if scale is None else
-             f"as {described['Settings']['Match']}: 0 to 1 is {scale.low:g} to {scale.high:g}")
+def units_of(what: str, described: dict[str, Any], scale: IntensityScale | None) -> str:
+    """What the values of a file are in; a cycle's error is of what the nets are shown."""
+    if scale is None or what == CYCLE:
+        return "relative, 0 to 1"
+    there = described["Settings"]["Match"]
+    if what == SCATTER:
+        return f"as {there}: 1 is {scale.high - scale.low:g}"
+    return f"as {there}: 0 to 1 is {scale.low:g} to {scale.high:g}"
+
+
+def record_of(job: Job, translator: Translator, found: Translation,
+              described: dict[str, Any]) -> dict[str, Any]:
+    """What is said of how a volume was made, in the records of all its files."""
+    mask = {"BrainMaskSHA256": given_mask_sha256(job.source)} if found.method == "mask" else {}
     return {"Sources": [job.name], "SourceSHA256": sha256(job.source), "SkullStripped": True,
-            "Direction": job.direction, "BrainExtraction": found.method, "Intensities": units,
+            "Direction": job.direction, "BrainExtraction": found.method, **mask,
             "Precision": str(translator.precision).removeprefix("torch."),
             "Preprocessing": preprocessing_of(translator.record), **described,
             "Warnings": found.warnings}

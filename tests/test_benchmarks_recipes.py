@@ -117,7 +117,8 @@ def test_two_recipes_are_trained_measured_and_not_repeated(slices, tmp_path):
     assert again.stdout == first.stdout
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.pt")}
     # and are not taken for those of another question
-    for options, said in ((["--features", "3"], "other features"), (["--pairs", "40"], "other pairs"),
+    for options, said in ((["--features", "3"], "other features"),
+                          (["--pairs", "40"], "other pairs"),
                           (["--held-out", people[2]], "other subjects_sha256")):
         other = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
         assert other.returncode == 2 and said in other.stderr and "--out" in other.stderr

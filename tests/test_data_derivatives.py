@@ -40,6 +40,14 @@ def test_phases_strangers_hidden_files_and_second_copies_are_not_scans(tmp_path)
         find_scans(tmp_path / "none", "T2w")
 
 
+def test_of_a_scan_and_its_defaced_copy_the_scan_is_taken(tmp_path):
+    touch(tmp_path, "sub-01/anat/sub-01_acq-hi_T1w.nii", "sub-01/anat/sub-01_T1w.nii.gz",
+          "sub-01/anat/sub-01_acq-hi_desc-defaced_T1w.nii.gz",
+          "sub-02/anat/sub-02_desc-defaced_T1w.nii.gz")
+    assert [p.name for p in find_scans(tmp_path, "T1w")] == [
+        "sub-01_T1w.nii.gz", "sub-01_acq-hi_T1w.nii", "sub-02_desc-defaced_T1w.nii.gz"]
+
+
 @pytest.mark.parametrize("source, name", [
     ("sub-01_T1w.nii.gz", "sub-01_desc-synthetic_T2w.nii.gz"),
     ("sub-01_ses-2_acq-x_run-1_T1w.nii", "sub-01_ses-2_acq-x_run-1_desc-synthetic_T2w.nii.gz"),
@@ -75,6 +83,25 @@ def test_a_dataset_says_what_made_it_and_where_it_came_from_once(tmp_path):
     assert found["DatasetLinks"] == {"raw": "../../heads"}
     derivatives.describe_dataset(out, name="Other", generator={})
     assert json.loads((out / "dataset_description.json").read_text()) == found
+
+
+def test_a_tree_is_added_to_our_own_description_of_before_and_another_tree_refused(tmp_path):
+    out, path = tmp_path / "made", tmp_path / "made" / "dataset_description.json"
+    generator = {"Name": "P", "Version": "1"}
+    for name in ("made", "heads", "others"):
+        (tmp_path / name).mkdir()
+    derivatives.describe_dataset(out, name="N", generator=generator)
+    assert "DatasetLinks" not in json.loads(path.read_text())
+    derivatives.describe_dataset(out, name="N", generator=generator, source=tmp_path / "heads")
+    found = path.read_text()
+    assert json.loads(found)["DatasetLinks"] == {"raw": "../heads"}
+    with pytest.raises(ValueError, match="is of the tree ../heads, and .*others is another one"):
+        derivatives.describe_dataset(out, name="N", generator=generator, source=tmp_path / "others")
+    derivatives.describe_dataset(out, name="N", generator=generator, source=tmp_path / "heads")
+    assert path.read_text() == found
+    path.write_text('{"Name": "theirs"}')
+    derivatives.describe_dataset(out, name="N", generator=generator, source=tmp_path / "heads")
+    assert json.loads(path.read_text()) == {"Name": "theirs"}
 
 
 def test_what_a_killed_run_left_of_a_file_is_removed_and_nothing_else(tmp_path):

@@ -12,13 +12,16 @@ import torch
 from commands import run_command
 from conftest import content, write_pair
 from painted_scans import ON_CPU, scan, translator, write_checkpoint
+from scipy import ndimage
 
 import device
 import translate
+import translation_jobs
 from data.derivatives import write_record
 from data.histogram import PERCENTILES, Standard, landmarks
 from models import checkpoint, export
-from translate import Translator, Wanted, parse_args, plan_files, translate_volume
+from translate import Translator, Wanted, parse_args, translate_volume
+from translation_jobs import plan_files
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,7 @@ def test_a_checkpoint_that_is_none_is_one_error(command, ckpt, tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
+    (["--brain-ml", "2000", "800"], "--brain-ml 2000.0 800.0: smallest, then largest"),
     (["--batch-size", "0"], "--batch-size 0"), (["--direction", "up"], "invalid choice"),
     (["--device", "tpu"], "--device tpu"), (["--brain-extraction", "bet"], "invalid choice"),
 ])
@@ -273,7 +277,8 @@ def test_a_tree_goes_on_after_a_kill_and_ends_with_the_same_bytes(command, tree,
     again = command("--bids", tree, "--direction", "t1w-to-t2w")
     assert again.code == 0 and "3 of 3 volumes are there already" in again.out
     anat = out / "sub-01" / "anat"
-    write_record(anat / "sub-01_desc-synthetic_T2w.json", translate.STARTED)  # killed meanwhile
+    # killed meanwhile
+    write_record(anat / "sub-01_desc-synthetic_T2w.json", translation_jobs.STARTED)
     (anat / ".sub-01_desc-synthetic_T2w.nii.gz.7.tmp").write_bytes(b"half")
     (out / "sub-02/ses-b/anat/sub-02_ses-b_desc-synthetic_T2w.nii.gz").unlink()
     untouched = out / "sub-02/ses-a/anat/sub-02_ses-a_desc-synthetic_T2w.nii.gz"
@@ -318,6 +323,40 @@ def test_a_run_that_is_killed_at_any_step_goes_on_by_itself(command, tree, tmp_p
     assert list((tmp_path / "out").glob("*.nii.gz"))
     assert command(*options).code == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert "1 of 1 volumes are there already" in command(*options).out
+
+
+def test_a_map_of_another_checkpoint_does_not_stay_beside_the_new_volume(command, tree, tmp_path):
+    t1w, out = tree / "sub-01/anat/sub-01_T1w.nii.gz", tmp_path / "out"
+    command(t1w, "--uncertainty", 2, "--cycle-error")
+    (out / "sub-01_desc-synthetic_T2w.nii.gz").unlink()
+    (out / "sub-01_desc-synthetic_T2w.json").unlink()
+    before = content(out)
+    other = write_checkpoint(tmp_path / "other.pt", spacing_mm=5.0)
+    outcome = command(t1w, ckpt=other)
+    assert outcome.code == 2 and "syntheticSD" in outcome.complaint
+    assert "--overwrite" in outcome.complaint and content(out) == before
+    theirs = out / "sub-01_desc-cycleError_T1w.json"
+    theirs.write_text("{}")  # somebody else's by now
+    assert command(t1w, "--overwrite", ckpt=other).code == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "dataset_description.json", theirs.name, "sub-01_desc-cycleError_T1w.nii.gz",
+        "sub-01_desc-synthetic_T2w.json", "sub-01_desc-synthetic_T2w.nii.gz"]
+
+
+def test_a_corrected_brain_mask_is_noticed(command, tmp_path):
+    folder = write_pair(tmp_path / "tree", "01", extracted=False, mask=True)
+    options = folder / "sub-01_T1w.nii.gz", "--brain-extraction", "mask"
+    assert command(*options).code == 0
+    assert "1 of 1 volumes are there already" in command(*options).out
+    path = folder / "sub-01_desc-brain_mask.nii.gz"
+    mask = nib.load(path)
+    smaller = ndimage.binary_erosion(mask.get_fdata() > 0).astype(np.uint8)
+    nib.Nifti1Image(smaller, mask.affine).to_filename(path)
+    assert "made with another brain mask" in command(*options).complaint
+    assert command(*options, "--overwrite").code == 0
+    found = nib.load(tmp_path / "out" / "sub-01_desc-synthetic_T2w.nii.gz").get_fdata()
+    assert not found[smaller == 0].any()
     assert "1 of 1 volumes are there already" in command(*options).out
 
 
@@ -475,6 +514,12 @@ def test_match_gives_the_references_own_intensities(command, ckpt, tmp_path):
     np.testing.assert_allclose(matched, relative * peak, rtol=1e-5)
     about = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert about["Intensities"].startswith(f"as real_T2w.nii.gz: 0 to 1 is 0 to {peak:.0f}"[:-1])
+    command(tmp_path / "sub-01_T1w.nii.gz", "--match", tmp_path / "real_T2w.nii.gz",
+            "--uncertainty", 2, "--cycle-error", out="maps")
+    scatter, error = (json.loads((tmp_path / "maps" / f"sub-01_desc-{kind}.json").read_text())
+                      for kind in ("syntheticSD_T2w", "cycleError_T1w"))
+    assert scatter["Intensities"].startswith(f"as real_T2w.nii.gz: 1 is {peak:.0f}"[:-1])
+    assert error["Intensities"] == "relative, 0 to 1"
     wrong = command(tmp_path / "sub-01_T1w.nii.gz", "--match", tmp_path / "sub-01_T1w.nii.gz",
                     out="wrong")
     assert wrong.code == 2 and "intensities of a T2w are wanted" in wrong.complaint
@@ -556,7 +601,26 @@ def test_an_exported_net_comes_with_the_histogram_that_it_wants_to_be_shown(tmp_
                    for way in ("t1w-to-t2w", "t2w-to-t1w"))
     assert there["HistogramStandard"]["Landmarks"] == wanted.record()["t1w"]
     assert there["HistogramStandard"]["Percentiles"] == list(PERCENTILES)
+    volume = np.random.default_rng(0).uniform(-0.9, 0.4, 5000)  # as the record describes it
+    own = [-1, *np.percentile(volume, there["HistogramStandard"]["Percentiles"]), 1]
+    shown = np.interp(volume, own, there["HistogramStandard"]["Landmarks"])
+    ours = wanted.show(volume.reshape(1, 50, 100), np.ones((1, 50, 100), bool), "t1w")
+    # `landmarks` moves the k-th by k times 1e-4, so that no two are one
+    np.testing.assert_allclose(shown, ours.ravel(), atol=2e-3)
     assert "HistogramStandard" not in back  # a T2w is taken as it is
+
+
+def test_another_checkpoints_net_is_written_over_only_where_that_is_said(command, tmp_path):
+    options = "--export", "torchscript"
+    assert command(*options).code == command(*options).code == 0
+    before = content(tmp_path / "out")
+    other = write_checkpoint(tmp_path / "other.pt", spacing_mm=5.0)
+    outcome = command(*options, ckpt=other)
+    assert outcome.code == 2 and "not of this checkpoint" in outcome.complaint
+    assert content(tmp_path / "out") == before
+    assert command(*options, "--overwrite", ckpt=other).code == 0
+    about = json.loads((tmp_path / "out" / "t1w-to-t2w.ts.json").read_text())
+    assert about["CheckpointSHA256"] == checkpoint.fingerprint(other)
 
 
 def test_two_formats_in_one_folder_keep_their_records(command, tmp_path):
