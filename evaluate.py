@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--brain-extraction", choices=brain.METHODS,
                       help="for --bids (default: as in the checkpoint's training data, where that "
                            "was one method)")
+    data.add_argument("--brain-ml", type=float, nargs=2, metavar=("MIN", "MAX"),
+                      help="for --bids: brain volumes believed, in millilitres (default: adults')")
     beside = p.add_argument_group("beside the checkpoints")
     beside.add_argument("--ceiling", action="store_true",
                         help="also train nets of the first checkpoint's size on pairs, for as many "
@@ -106,8 +108,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--seed {args.seed}: must be at least 0")
     if len(set(args.ckpt)) < len(args.ckpt):
         raise ValueError("--ckpt: one is named twice")
-    if args.brain_extraction and not args.bids:
-        raise ValueError("--brain-extraction: goes with --bids; a store has its own")
+    for option in ("brain_extraction", "brain_ml"):
+        if getattr(args, option) and not args.bids:
+            raise ValueError(f"--{option.replace('_', '-')}: goes with --bids; a store has its own")
     if args.split and args.bids:
         raise ValueError(f"--split {args.split}: goes with --slices; of --bids all are measured")
     args.split = args.split or "test"
@@ -164,6 +167,7 @@ def prepare_store(args: argparse.Namespace, state: dict[str, Any], process: Proc
                "--min-brain-area", str(record["min_brain_area"]),
                "--brain-extraction", named, *(["--tta"] if tta else []),
                "--bias-correction", bias_correction_of(record),
+               *(["--brain-ml", *map(str, args.brain_ml)] if args.brain_ml else []),
                "--device", args.device]
     done = subprocess.run(command, check=False)
     if done.returncode not in (console.DONE, console.LEFT_OUT):
@@ -210,6 +214,24 @@ def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
     return sessions
 
 
+def acquaintances(sessions: Sequence[dict[str, Any]],
+                  states: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for whom the checkpoints were trained on, and for whom they were chosen by."""
+    # last.pt, which has its optimisers, is of the end, whatever anybody's figures were then
+    chosen = [state for state in states
+              if "t2w_ssim" in state["best"] and "optimizers" not in state]
+    said = []
+    for split, of, what in (
+            ("train", states, "were trained on"),
+            ("val", chosen, "chose which epoch became best.pt")):
+        people = {person(i) for state in of for i in state["preprocessing"]["subjects"][split]}
+        if count := sum(person(s["id"]) in people for s in sessions):
+            much = "far" if split == "train" else "a little"
+            said.append(f"{count} of {len(sessions)} sessions {what}, so their figures are {much} "
+                        "too good; those of new subjects are --split test")
+    return said
+
+
 @dataclass(frozen=True)
 class Measured:
     """What was found on one session.
@@ -248,12 +270,7 @@ class Evaluation:
         if args.bids and (left_out := read_skipped(store.folder)):
             self.notes.append(f"{len(left_out)} sessions left out by preprocess.py, see "
                               f"{store.folder / 'skipped.tsv'}")
-        judges = {person(i) for state in states if "t2w_ssim" in state["best"]
-                  for i in state["preprocessing"]["subjects"]["val"]}
-        if count := sum(person(s["id"]) in judges for s in sessions):
-            self.notes.append(f"{count} of {len(sessions)} sessions chose which epoch became "
-                              "best.pt, so their figures are a little too good; those of new "
-                              "subjects are --split test")
+        self.notes += acquaintances(sessions, states)
         args.out.mkdir(parents=True, exist_ok=True)
         self.methods = [self._translators(MODEL, state, str(path))
                         for path, state in zip(args.ckpt, states)]
@@ -385,7 +402,12 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     per_subject = over_slices(records)
     ckpts, state = [str(path) for path in args.ckpt], work.states[0]
     checks = contrast_checks(records, ckpts[0])
-    compared = comparisons(per_subject, ckpts, args.seed)
+    unlike = {name for name, other in zip(ckpts, work.states)
+              if standard_of(other) != standard_of(state)}
+    if unlike:
+        work.notes.append("cycle error not compared: the checkpoints' nets are shown different "
+                          "histograms (--standardise), and it is measured in these")
+    compared = comparisons(per_subject, ckpts, args.seed, unlike)
     lesions = sorted((r for m in measured for r in m.lesions),
                      key=lambda r: (r["direction"], r["id"]))
     of_lesions = lesion_summary(lesions, ckpts[0], args.seed)
@@ -436,6 +458,11 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     write_atomically(args.out / "report.html", page.encode())
     print_tables(summary, table(summary, PROTOCOLS, main), rows)
     log.info("report: %s", args.out / "report.html")
+
+
+def standard_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What histograms a checkpoint's nets are shown, as plain numbers."""
+    return state["preprocessing"].get("standard") or {}
 
 
 def csv_tables(records: list[Record], per_subject: list[Record], lesions: list[Record],

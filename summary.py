@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,11 +152,13 @@ def distribution(features: Sequence[dict[str, Tensor]], seed: int) -> dict[str, 
     return found
 
 
-def comparisons(per_subject: list[Record], ckpts: Sequence[str],
-                seed: int) -> dict[str, dict[str, Any]]:
+def comparisons(per_subject: list[Record], ckpts: Sequence[str], seed: int,
+                unlike: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Checkpoint to direction to metric: its differences from the first, in the brain.
 
-    Of metrics that are better the higher or the lower; 1 is best has no such difference.
+    Of metrics that are better the higher or the lower; 1 is best has no such difference. Nor has
+    the cycle error of those that are shown other histograms than the first (`unlike`): it is
+    measured in what they are shown, so in another unit.
     """
     judged = {name for name, metric in METRICS.items() if metric.higher_is_better is not None}
     found: dict[str, dict[str, Any]] = {}
@@ -165,7 +167,8 @@ def comparisons(per_subject: list[Record], ckpts: Sequence[str],
         for direction in DIRECTIONS:
             first, other = (figures_of(per_subject, direction=direction, method=MODEL,
                                        protocol="brain", ckpt=name) for name in (ckpts[0], ckpt))
-            first = {name: people for name, people in first.items() if name in judged}
+            first = {name: people for name, people in first.items()
+                     if name in judged and not (name == "cycle_error" and ckpt in unlike)}
             found[ckpt][direction] = compare(first, other, seed)
     return found
 

@@ -20,7 +20,8 @@ PROTOCOLS_NOTE = (
     "in T2w's order of brightness, or T1w's. Intensity distance: Wasserstein-1 between the "
     "histograms in the brain. Rescaled: the subject's real and translated slices each divided by "
     "their own 99.5th percentile in the brain, which leaves gain out. Cycle error: mean distance "
-    "of the slice translated there and back. Checkerboard: patterns of 2 and 4 pixels, as "
+    "of the slice translated there and back, in the intensities that the nets are shown "
+    "(--standardise). Checkerboard: patterns of 2 and 4 pixels, as "
     "upsampling leaves them, over those of the real slice; 1 is best."
 )
 LESIONS_NOTE = (

@@ -537,6 +537,23 @@ def test_the_training_split_is_measured_by_name(compared):
     out, *_ = compared
     summary = json.loads((out / "summary.json").read_text())
     assert summary["split"] == "train" and summary["n_slices"] == 8
+    assert [note for note in summary["notes"] if note.startswith(
+        "2 of 2 sessions were trained on, so their figures are far too good")]
+
+
+def test_cycle_errors_in_different_intensities_are_not_compared(ckpt, store, tmp_path, unpainted):
+    state = checkpoint.load(ckpt)
+    assert state["preprocessing"].pop("standard")
+    checkpoint.save(tmp_path / "plain.pt", state)
+    outcome = run_command(evaluate.main, "--ckpt", ckpt, tmp_path / "plain.pt", "--slices",
+                          store.folder, "--out", tmp_path / "e", "--precision", "fp32", "--device",
+                          "cpu")
+    assert outcome.code == 0 and "note: cycle error not compared" in outcome.out + outcome.err
+    found, = json.loads((tmp_path / "e" / "summary.json").read_text())["others"]
+    for direction in DIRECTIONS:
+        assert "ssim" in found["difference"][direction]
+        assert "cycle_error" not in found["difference"][direction]
+        assert found[direction]["brain"]["cycle_error"]["mean"] > 0  # each is told on its own
 
 
 def test_a_comparison_of_before_does_not_stay(compared, store, tmp_path, unpainted):
@@ -848,6 +865,16 @@ def test_the_ceiling_of_new_scans_needs_the_training_slices(
     assert outcome.code == 2 and "name their store with --slices" in outcome.complaint
 
 
+def test_brains_of_other_sizes_can_be_believed_in_new_scans(
+        trained_on_heads, small_tree, tmp_path, unpainted, capfd):
+    shutil.copytree(small_tree / "sub-05", tmp_path / "new" / "sub-05")
+    options = "--bids", tmp_path / "new", "--brain-ml"
+    refused = evaluated(trained_on_heads, tmp_path / "none", tmp_path / "e", *options, 300, 900)
+    assert refused.code == 2 and "believed are 300 to 900" in capfd.readouterr().err
+    outcome = evaluated(trained_on_heads, tmp_path / "none", tmp_path / "e", *options, 300, 2500)
+    assert outcome.code == 0, outcome.err
+
+
 def test_scans_that_preprocessing_refuses_are_one_error_more(trained_on_heads, store, tmp_path):
     (tmp_path / "empty").mkdir()
     outcome = evaluated(trained_on_heads, store.folder, tmp_path / "e", "--bids",
@@ -910,6 +937,7 @@ def test_a_checkpoint_or_store_that_is_none_is_one_error(ckpt, store, tmp_path):
     (["--device", "tpu"], "--device tpu"), (["--precision", "fp16"], "needs a CUDA device"),
     (["--seed", -1], "--seed -1"), (["--batch", 4], "unrecognized arguments: --batch 4"),
     (["--brain-extraction", "none"], "--brain-extraction: goes with --bids"),
+    (["--brain-ml", "100", "900"], "--brain-ml: goes with --bids"),
     (["--features", "none.pth"], "none.pth: no such file of weights"),
     (["--ckpt", "a.pt", "b.pt", "a.pt"], "--ckpt: one is named twice"),
 ])
@@ -966,6 +994,9 @@ def test_a_split_that_chose_the_checkpoint_says_so(ckpt, store, results, tmp_pat
         outcome.out + outcome.err)
     notes = json.loads((tmp_path / "val" / "summary.json").read_text())["notes"]
     assert [note for note in notes if "--split test" in note]
+    # nobody chose the end of a run
+    last = evaluated(ckpt.with_name("last.pt"), store.folder, tmp_path / "last", "--split", "val")
+    assert last.code == 0 and "chose which epoch" not in last.out + last.err
 
 
 def test_subjects_that_chose_the_checkpoint_are_known_in_another_stores_test_split(

@@ -72,6 +72,11 @@ def test_words_in_an_svg_stay_words():
         assert words in text
 
 
+def test_names_with_dollar_signs_are_names_and_no_formulas():
+    for title in ("a $ b", "runs/$a_$/best.pt", "$x^$"):
+        assert title in figures.examples([example(title=title)], "T1w", "T2w").svg.decode()
+
+
 BLUE, GREEN, RED = (31, 119, 180), (44, 160, 44), (214, 39, 40)
 
 
