@@ -185,6 +185,9 @@ class Download:
                 ... use subject.sessions(download.root), or say why not ...
                 download.finish(subject)
 
+    A subject of which only some sessions can be had comes in parts: those together, and each other
+    session by itself with its reason.
+
     At most `ahead` subjects are on disk or on their way, counted until `finish`; a caller that
     holds more than that gets one more at a time, so it can never wait for itself. Whatever ends the
     run, a kill included, the next one goes on: files are whole or called `.part`.
@@ -198,8 +201,8 @@ class Download:
     keep : leave the files where they are when a subject is finished; files that were there before
         stay in any case
     done : asked for each subject, with the SHA-256 of its scans by path (None unless an earlier run
-        has finished and deleted it) and the note of then; False fetches it. By default who was
-        finished is left alone.
+        has finished and deleted it) and the note of then; False fetches it, but for those of its
+        sessions for which it says True. By default who was finished is left alone.
     connections : files at a time
     progress : show a bar over all bytes (on a terminal), or a line a subject
 
@@ -226,12 +229,13 @@ class Download:
             place(self.root, file.name)
         self.root.mkdir(parents=True, exist_ok=True)
         self._manifest = Manifest(self.root, self._tag)
-        done = done or (lambda subject, hashes, note: hashes is not None)
-        self.finished = [s for s in plan.subjects if done(
-            s, self.hashes(s) if self._manifest.finished(s.subject) else None, self.noted(s))]
-        past = {s.subject for s in self.finished}
-        self._todo = [s for s in plan.subjects if s.subject not in past]
-        self._held: set[str] = set()
+        self._done = done or (lambda subject, hashes, note: hashes is not None)
+        self.finished: list[SubjectFiles] = []
+        self._past: list[SubjectFiles] = []  # and single sessions that it has finished
+        self._todo: list[SubjectFiles] = []
+        for subject in plan.subjects:
+            self._look_back(subject)
+        self._held: set[SubjectFiles] = set()
         self._jobs: queue.Queue[tuple[_Group, File] | None] = queue.Queue()
         self._ready: queue.Queue[_Group | None] = queue.Queue()
         self._fatal: BaseException | None = None
@@ -275,7 +279,7 @@ class Download:
         self._start = time.monotonic()
         for thread in self._threads:
             thread.start()
-        for subject in () if self.keep else self.finished:
+        for subject in () if self.keep else self._past:
             self._clean(subject)  # what a kill before the mark, or before the deletion, has left
         self._submit(_Group(None, self.plan.common, len(self.plan.common)))
         waiting, under_way, common = deque(self._todo), 0, 1
@@ -292,15 +296,35 @@ class Download:
                 self._warn(group.failed)
                 continue
             under_way -= 1
-            yield group.subject, self._settle(group.subject, group.failed)
+            yield from self._settle(group.subject, group.failed)
+
+    def _look_back(self, subject: SubjectFiles) -> None:
+        """Sort out what of a subject is done with."""
+        def is_done(part: SubjectFiles) -> bool:
+            marked = self._manifest.finished(part.subject)
+            return self._done(part, self.hashes(part) if marked else None, self.noted(part))
+
+        if is_done(subject):
+            self.finished.append(subject)
+            self._past.append(subject)
+            return
+        sessions = [session for session, *_ in subject.scans]
+        past = {s for s in sessions if len(sessions) > 1 and is_done(subject.only([s]))}
+        left = [s for s in sessions if s not in past]
+        if not left:
+            self.finished.append(subject)
+        else:
+            self._todo.append(subject.only(left) if past else subject)
+        if past:
+            self._past.append(subject.only(past, shared=not left))
 
     def finish(self, subject: SubjectFiles, note: dict[str, Any] | None = None) -> None:
         """Be done with a subject: remember it and delete its files, unless they are kept.
 
-        May be called from any thread, in any order; does nothing for a subject that could not be
-        had or is finished already. `note` (JSON) is remembered with it, see `noted`.
+        May be called from any thread, in any order; does nothing for what could not be had or is
+        finished already. `note` (JSON) is remembered with it, see `noted`.
         """
-        if subject.subject not in self._held:
+        if subject not in self._held:
             return
         if not self.keep:
             ours = self._ours(subject)
@@ -313,12 +337,15 @@ class Download:
                 for file in ours:
                     content["files"].pop(file.name, None)
                 if whole:
-                    content["subjects"][subject.subject] = {"time": _now(), "files": entries,
-                                                            "note": note or {}}
+                    before = {} if subject in self.plan.subjects else content["subjects"].get(
+                        subject.subject, {})  # of its other sessions
+                    content["subjects"][subject.subject] = {
+                        "time": _now(), "files": {**_objects(before.get("files")), **entries},
+                        "note": {**_objects(before.get("note")), **(note or {})}}
 
             self._manifest.update(mark)
             self._delete(ours)
-        self._held.discard(subject.subject)
+        self._held.discard(subject)
         self._ready.put(None)
 
     def hashes(self, subject: SubjectFiles) -> dict[Path, str] | None:
@@ -362,27 +389,36 @@ class Download:
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=0.5)  # a bare get() is deaf to Ctrl-C on Windows
 
-    def _settle(self, subject: SubjectFiles, failed: dict[str, str]) -> str:
-        """The reason why a subject cannot be used, "" if it can."""
+    def _settle(self, subject: SubjectFiles,
+                failed: dict[str, str]) -> list[tuple[SubjectFiles, str]]:
+        """What of a subject can be used, with "", and each of its sessions that cannot, and why."""
         scans = {name for scan in subject.scans for name in scan[1:]}
         self._warn({name: why for name, why in failed.items() if name not in scans})
-        reason = "; ".join(f"{name}: {failed[name]}" for name in sorted(scans & failed.keys()))
-        if not reason:
-            self._held.add(subject.subject)
-        elif not self.keep:
-            self._clean(subject)
+        lost = {}
+        for session, *names in subject.scans:
+            if failed.keys() & set(names):
+                lost[session] = "; ".join(f"{n}: {failed[n]}" for n in names if n in failed)
+        whole = [session for session, *_ in subject.scans if session not in lost]
+        if lost and not self.keep:
+            self._clean(subject.only(lost, shared=not whole))
+        parts = [(subject.only([session]), reason) for session, reason in lost.items()]
+        if whole:
+            parts.insert(0, (subject.only(whole) if lost else subject, ""))
+            self._held.add(parts[0][0])
         if self._say:
-            self._say_where(subject, reason)
-        return reason
+            self._say_where(subject, "whole" if not lost else
+                            f"{len(lost)} of {len(subject.scans)} sessions not to be had" if whole
+                            else "not to be had")
+        return parts
 
-    def _say_where(self, subject: SubjectFiles, reason: str) -> None:
+    def _say_where(self, subject: SubjectFiles, what: str) -> None:
         """What the bar would show, as a line."""
         self._settled += 1
         rate = self._got / max(time.monotonic() - self._start, 1e-3)
         how = (f"{size_text(self._got)} of {size_text(self._total)}  {size_text(rate)}/s  "
                f"about {(self._total - self._got) / rate:.0f} s left") if rate else "from disk"
         log.info("%s  %d/%d  sub-%s  %s  %s", self.plan.snapshot.dataset, self._settled,
-                 len(self._todo), subject.subject, "not to be had" if reason else "whole", how)
+                 len(self._todo), subject.subject, what, how)
 
     def _warn(self, failed: dict[str, str]) -> None:
         for name, why in sorted(failed.items()):

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,6 +79,18 @@ class SubjectFiles:
         """As `bids.find_subjects` will find them in the dataset's folder `root`."""
         return [bids.Subject(root.name, self.subject, session, root, root / t1w, root / t2w)
                 for session, t1w, t2w in self.scans]
+
+    def only(self, sessions: Collection[str], *, shared: bool = True) -> SubjectFiles:
+        """The same subject with some of its sessions; not `shared`: without their common files."""
+        def folders(names: Collection[str]) -> tuple[str, ...]:
+            return tuple(f"sub-{self.subject}/" + (f"ses-{name}/" if name else "anat/")
+                         for name in names)
+
+        ours, others = folders(sessions), folders({scan[0] for scan in self.scans} - set(sessions))
+        return SubjectFiles(
+            self.subject, tuple(scan for scan in self.scans if scan[0] in sessions),
+            tuple(file for file in self.files if file.name.startswith(ours)
+                  or shared and not file.name.startswith(others)))
 
 
 @dataclass(frozen=True)

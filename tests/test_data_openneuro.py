@@ -1408,6 +1408,78 @@ def test_a_broken_subject_leaves_nothing_behind_when_streaming(crowd, tmp_path):
     assert sorted(manifest["subjects"]) == list("0124567")
 
 
+@pytest.fixture
+def visits(tmp_path_factory):
+    """A subject with three sessions, and a sidecar that they share; one with one session."""
+    root = tmp_path_factory.mktemp("visits") / DATASET
+    for i, name in enumerate(("1_ses-a", "1_ses-b", "1_ses-c", "2_ses-a")):
+        for j, suffix in enumerate(("T1w", "T2w")):
+            scan = root / f"sub-{name.replace('_', '/')}/anat/sub-{name}_{suffix}.nii.gz"
+            write_scan(scan, 2 * i + j, side=20)
+    (root / "sub-1" / "sub-1_T1w.json").write_text("{}")
+    with OpenNeuro({DATASET: {"1.0.0": root}}) as running:
+        yield running
+
+
+LOST = "sub-1/ses-b/anat/sub-1_ses-b_T2w.nii.gz"
+
+
+def arrivals(server, folder, **options):
+    """Download; returns {(subject, its sessions): reason}, and what was on disk at each."""
+    with Archive(server.api_url, server.s3_url, QUICK) as archive:
+        plan = make_plan(archive.snapshot(f"{DATASET}:1.0.0"))
+        with Download(archive, plan, folder, progress=False, **options) as download:
+            found, seen = {}, {}
+            for part, reason in download:
+                key = part.subject, "".join(session for session, *_ in part.scans)
+                found[key] = reason
+                seen[key] = {n for n in data_files(folder / DATASET) if n.startswith("sub-1/")}
+                if not reason:
+                    assert {f.name for f in part.files} <= data_files(folder / DATASET).keys()
+                download.finish(part, {"of": key[1]})
+    return found, seen
+
+
+def test_a_lost_scan_costs_its_session_and_no_other_of_its_subject(visits, tmp_path):
+    for where in ("s3", "bare", "route"):
+        visits.fault(where, LOST, Fault(status=404), always=True)
+    found, seen = arrivals(visits, tmp_path)
+    assert found.keys() == {("1", "ac"), ("1", "b"), ("2", "a")}
+    assert not found["1", "ac"] and not found["2", "a"]
+    assert found["1", "b"].startswith(f"{LOST}: ") and "HTTP 404" in found["1", "b"]
+    assert not [name for name in seen["1", "ac"] if "ses-b" in name]
+    assert "sub-1/sub-1_T1w.json" in seen["1", "ac"]
+    assert not on_disk(tmp_path)
+
+
+def test_the_next_run_asks_for_the_lost_session_alone_and_then_all_are_done_with(visits, tmp_path):
+    for where in ("s3", "bare", "route"):
+        visits.fault(where, LOST, Fault(status=404), always=True)
+    arrivals(visits, tmp_path)
+    visits.log.clear()
+    assert arrivals(visits, tmp_path)[0].keys() == {("1", "b")}
+    assert {r.name for r in visits.requests(place="s3") if r.name.endswith("gz")} == {
+        LOST, LOST.replace("T2w", "T1w")}
+    visits.always.clear()
+    assert arrivals(visits, tmp_path)[0] == {("1", "b"): ""}
+    visits.log.clear()
+    assert arrivals(visits, tmp_path)[0] == {}
+    assert not visits.requests(place="s3") and not on_disk(tmp_path)
+    manifest = json.loads((tmp_path / DATASET / "manifest.json").read_text())
+    assert len([n for n in manifest["subjects"]["1"]["files"] if n.endswith("gz")]) == 6
+
+
+def test_sessions_that_are_all_lost_have_a_reason_each_and_leave_nothing_behind(visits, tmp_path):
+    lost = [LOST.replace("ses-b", f"ses-{session}") for session in "abc"]
+    for where in ("s3", "bare", "route"):
+        for name in lost:
+            visits.fault(where, name, Fault(status=404), always=True)
+    found, _ = arrivals(visits, tmp_path)
+    assert found.pop(("2", "a")) == ""
+    assert [reason.partition(":")[0] for _, reason in sorted(found.items())] == lost
+    assert not on_disk(tmp_path)
+
+
 def test_leaving_the_loop_stops_the_threads(crowd, tmp_path):
     def ours():
         return [t for t in threading.enumerate() if "_work" in t.name]
