@@ -27,11 +27,14 @@ from tqdm import tqdm
 from data import bids
 from data.openneuro import API_URL, Archive, Plan, SubjectFiles, place, size_text
 from data.store import write_atomically
-from data.transfer import (Damaged, File, Helper, Part, Refused, Stopped, Transfer,
-                           inspect, lock, part_paths, read_note, read_object)
+from data.transfer import (ArchiveError, Busy, Damaged, File, Helper, Part, Refused, Stopped,
+                           Transfer, inspect, lock, part_paths, read_note, read_object)
 
 MANIFEST = "manifest.json"
 SYNC_EVERY_S = 0.5
+# Subjects in a row that the archive was too busy for, with no file from it all the while, end the
+# run: that is an outage, and the others would only be skipped one by one. One could be a bad file.
+BUSY_SUBJECTS = 3
 Content = dict[str, dict[str, Any]]
 Change = Callable[[Content], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
@@ -175,6 +178,7 @@ class _Group:
     left: int
     whole: dict[str, dict] = field(default_factory=dict)  # name to manifest entry
     failed: dict[str, str] = field(default_factory=dict)  # name to reason
+    busy: set[str] = field(default_factory=set)  # of the failed ones: may be had another time
 
 
 class Download:
@@ -214,7 +218,8 @@ class Download:
     Raises
     ------
     ValueError : a symbolic link where the files belong
-    ArchiveError, OSError : while iterating; nobody answers, or the disk is full
+    ArchiveError, OSError : while iterating; nobody answers, the archive answers that it cannot now,
+        or the disk is full
     """
 
     def __init__(self, archive: Archive, plan: Plan, folder: Path, *, ahead: int = 2,
@@ -236,6 +241,8 @@ class Download:
         for subject in plan.subjects:
             self._look_back(subject)
         self._held: set[SubjectFiles] = set()
+        self._busy: list[SubjectFiles] = []  # not to be had now; left as they are for a later run
+        self._came = False  # a file from the archive since the last subject was settled
         self._jobs: queue.Queue[tuple[_Group, File] | None] = queue.Queue()
         self._ready: queue.Queue[_Group | None] = queue.Queue()
         self._fatal: BaseException | None = None
@@ -284,7 +291,7 @@ class Download:
         self._submit(_Group(None, self.plan.common, len(self.plan.common)))
         waiting, under_way, common = deque(self._todo), 0, 1
         while waiting or under_way or common:
-            while waiting and under_way + len(self._held) < max(self.ahead, len(self._held) + 1):
+            while waiting and under_way + self._kept() < max(self.ahead, self._kept() + 1):
                 subject = waiting.popleft()
                 self._submit(_Group(subject, subject.files, len(subject.files)))
                 under_way += 1
@@ -296,7 +303,7 @@ class Download:
                 self._warn(group.failed)
                 continue
             under_way -= 1
-            yield from self._settle(group.subject, group.failed)
+            yield from self._settle(group.subject, group)
 
     def _look_back(self, subject: SubjectFiles) -> None:
         """Sort out what of a subject is done with."""
@@ -389,18 +396,26 @@ class Download:
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=0.5)  # a bare get() is deaf to Ctrl-C on Windows
 
-    def _settle(self, subject: SubjectFiles,
-                failed: dict[str, str]) -> list[tuple[SubjectFiles, str]]:
+    def _kept(self) -> int:
+        """Subjects on disk that wait for the caller, or for a later run."""
+        return len(self._held) + len(self._busy)
+
+    def _settle(self, subject: SubjectFiles, group: _Group) -> list[tuple[SubjectFiles, str]]:
         """What of a subject can be used, with "", and each of its sessions that cannot, and why."""
+        failed = group.failed
         scans = {name for scan in subject.scans for name in scan[1:]}
         self._warn({name: why for name, why in failed.items() if name not in scans})
-        lost = {}
+        lost, may_come = {}, []
         for session, *names in subject.scans:
-            if failed.keys() & set(names):
-                lost[session] = "; ".join(f"{n}: {failed[n]}" for n in names if n in failed)
+            if missing := [name for name in names if name in failed]:
+                lost[session] = "; ".join(f"{name}: {failed[name]}" for name in missing)
+                may_come += [session] if group.busy.issuperset(missing) else []
         whole = [session for session, *_ in subject.scans if session not in lost]
-        if lost and not self.keep:
-            self._clean(subject.only(lost, shared=not whole))
+        gone = lost.keys() - set(may_come)
+        if gone and not self.keep:
+            self._clean(subject.only(gone, shared=not whole and not may_come))
+        self._bear(subject.only(may_come, shared=not whole) if may_come else None,
+                   "; ".join(lost.values()))
         parts = [(subject.only([session]), reason) for session, reason in lost.items()]
         if whole:
             parts.insert(0, (subject.only(whole) if lost else subject, ""))
@@ -410,6 +425,27 @@ class Download:
                             f"{len(lost)} of {len(subject.scans)} sessions not to be had" if whole
                             else "not to be had")
         return parts
+
+    def _bear(self, busy: SubjectFiles | None, reason: str) -> None:
+        """Leave what has come of a subject that the archive is too busy for, while nothing comes.
+
+        Where something has come since, there was no outage: those before are as good as refused.
+
+        Raises
+        ------
+        ArchiveError : so many in a row that it is an outage
+        """
+        if self._came:
+            self._came = False
+            for subject in () if self.keep else self._busy:
+                self._clean(subject)
+            self._busy.clear()
+        if busy:
+            self._busy.append(busy)
+        if len(self._busy) >= BUSY_SUBJECTS:
+            raise ArchiveError(f"{self.plan.snapshot.dataset}: the archive gives nothing now "
+                               f"({reason}); wait, then run the same command again: it goes on "
+                               "from here")
 
     def _say_where(self, subject: SubjectFiles, what: str) -> None:
         """What the bar would show, as a line."""
@@ -476,6 +512,8 @@ class Download:
                     group.whole[file.name] = self._fetch(file)
                 except (Refused, ValueError) as error:
                     group.failed[file.name] = str(error)
+                    if isinstance(error, Busy):
+                        group.busy.add(file.name)
                 with self._lock:
                     group.left -= 1
                     last = group.left == 0
@@ -560,6 +598,7 @@ class Download:
             os.fsync(part.handle)
             # Its folder is not synced: a rename lost with the power leaves the .part and its note.
             os.replace(part.path, path)
+            self._came = True
             return self._entry(file, path, facts, part.origin)
         finally:
             part.close()

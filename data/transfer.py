@@ -104,8 +104,16 @@ class Retry(Exception):
         self.wait_s = wait_s
 
 
+class Overloaded(Retry):
+    """The server says that it cannot now: HTTP 5xx, 429."""
+
+
 class Refused(Exception):
     """This address will not give the file."""
+
+
+class Busy(Refused):
+    """The server at this address has said that it cannot now, for as long as patience lasted."""
 
 
 class Unreachable(Refused):
@@ -161,7 +169,7 @@ class Line:
 
         Raises
         ------
-        Refused : given up (Unreachable where nobody answered)
+        Refused : given up (Unreachable where nobody answered, Busy where the server could not)
         ArchiveError : the server asks to stay away for longer than patience lasts
         Stopped : while waiting
         """
@@ -174,8 +182,9 @@ class Line:
                 tries = 1 if size() - before >= _PROGRESS else tries + 1
                 if tries >= self.patience.attempts:
                     nobody = isinstance(error, (httpx.ConnectError, httpx.TimeoutException))
-                    raise (Unreachable if nobody else Refused)(
-                        f"{_why(error)} ({tries} tries)") from error
+                    kind = (Unreachable if nobody else Busy if isinstance(error, Overloaded)
+                            else Refused)
+                    raise kind(f"{_why(error)} ({tries} tries)") from error
                 if self.stop.wait(self._wait(tries, getattr(error, "wait_s", None))):
                     raise Stopped from None
 
@@ -526,6 +535,7 @@ class Transfer:
         Raises
         ------
         Refused : none of them has it; nothing is left of it
+        Busy : they may have it, but not now; the part is left to go on from
         ArchiveError : nobody answers at any of them; the part is left to go on from
         """
         reasons: list[Refused] = []
@@ -538,10 +548,14 @@ class Transfer:
         if all(isinstance(reason, Unreachable) for reason in reasons):
             raise ArchiveError(f"{text}; check the network, then run the same command again: it "
                                "goes on from here")
-        self._forget()
-        self._expect(0)
-        self._part.discard()
-        raise Refused(text)
+        may_come = all(isinstance(reason, (Unreachable, Busy)) for reason in reasons)
+        if may_come and self._part.size:
+            self._expect(self._part.size)
+        else:
+            self._forget()
+            self._expect(0)
+            self._part.discard()
+        raise (Busy if may_come else Refused)(text)
 
     def _try(self, url: str, is_exact: bool) -> dict[str, Any]:
         part, file = self._part, self._file
@@ -605,7 +619,7 @@ class Transfer:
                 self._forget()
                 raise Retry("cannot go on where we were", 0.0)
             if is_passing(response.status_code):
-                raise Retry(f"HTTP {response.status_code}", retry_after(response))
+                raise Overloaded(f"HTTP {response.status_code}", retry_after(response))
             if response.status_code not in (200, 206):
                 raise Refused(f"HTTP {response.status_code}")
             if response.headers.get("Content-Type", "").startswith("text/html"):

@@ -1408,6 +1408,43 @@ def test_a_broken_subject_leaves_nothing_behind_when_streaming(crowd, tmp_path):
     assert sorted(manifest["subjects"]) == list("0124567")
 
 
+def files_of(server):
+    root = server.datasets[DATASET]["1.0.0"]
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_archive_that_only_says_not_now_ends_the_run_and_the_next_goes_on_from_the_part(
+        crowd, tmp_path, status, keep):
+    first = "sub-0/anat/sub-0_T1w.nii.gz"
+    crowd.fault("s3", first, Fault(cut=10_000))
+    for where in ("s3", "bare", "route"):
+        for name in files_of(crowd):
+            crowd.fault(where, name, Fault(status=status), always=True)
+    with pytest.raises(ArchiveError, match=f"HTTP {status}.*run the same command again"):
+        fetch(crowd, tmp_path, keep=keep)
+    assert (tmp_path / DATASET / f"{first}.part").stat().st_size == 10_000
+    assert len({r.name for r in crowd.requests()}) < 12, "it did not go through all 17 files"
+    crowd.always.clear()
+    crowd.log.clear()
+    assert fetch(crowd, tmp_path, keep=keep) == {label: "" for label in "01234567"}
+    assert [r.range for r in crowd.requests(first)] == ["bytes=10000-"]
+    assert keep or not on_disk(tmp_path)
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_files_refused_for_now_among_others_that_come_cost_their_subjects_only(crowd, tmp_path):
+    for where in ("s3", "bare", "route"):
+        for label in "01234":
+            crowd.fault(where, f"sub-{label}/anat/sub-{label}_T2w.nii.gz", Fault(status=503),
+                        always=True)
+    found = fetch(crowd, tmp_path, keep=False, connections=1)
+    assert [label for label in sorted(found) if "HTTP 503" in found[label]] == list("01234")
+    assert [label for label in sorted(found) if not found[label]] == list("567")
+    assert not on_disk(tmp_path)
+
+
 @pytest.fixture
 def visits(tmp_path_factory):
     """A subject with three sessions, and a sidecar that they share; one with one session."""
