@@ -38,6 +38,7 @@ except ImportError:  # not made for this processor
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 _BEHIND = 64  # blocks (64 kB each) that may wait for their decompression
 _GZIP = 31  # the window's bits, as in zlib: a gzip header, and the CRC checked
+_MAGIC = b"\x1f\x8b"  # how gzip starts
 _TEXT = 1 << 20  # longer texts are not parsed
 _PROGRESS = 1 << 16  # bytes that make a failed try worth another one
 _SLOWEST = 1024  # bytes a second; below it a connection counts as dead
@@ -262,7 +263,9 @@ class Checker:
 
     Decompressing and hashing while the network is waited for costs no time of its own. A NIfTI file
     is whole if all of it decompresses, its gzip CRC fits, its header loads and as many voxels
-    follow as that says; JSON must be JSON; nothing may be a web page or the API's `{"error": ...}`.
+    follow as that says (its first bytes tell whether it is compressed, as for `read_volume`: some
+    are called .nii.gz and are not); JSON must be JSON; nothing may be a web page or the API's
+    `{"error": ...}`.
 
     Parameters
     ----------
@@ -279,17 +282,23 @@ class Checker:
         self._waiting: list[bytes] = []  # to be decompressed
         self._work: Future[None] | None = None  # the helper's, with the bytes before
         self._md5, self._sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-        self._unpacker = inflate.decompressobj(_GZIP) if name.endswith(".gz") else None
         self._is_nifti = name.endswith((".nii", ".nii.gz"))
+        packed = name.endswith(".gz") and not self._is_nifti
+        self._unpacker = inflate.decompressobj(_GZIP) if packed else None
         self._start, self._head, self._length = b"", b"", 0  # of the file; of what is packed in it
 
     def feed(self, block: bytes) -> None:
         """Take the next bytes, of any number."""
+        is_open = self._is_nifti and self.size < len(_MAGIC)  # whether it is compressed
         self.size += len(block)
         self._md5.update(block)
         self._sha256.update(block)
         self._start += block[:max((64 if self._is_nifti else _TEXT) - len(self._start), 0)]
         self._waiting.append(block)
+        if is_open and self._start.startswith(_MAGIC):
+            self._unpacker = inflate.decompressobj(_GZIP)
+        elif is_open and self.size < len(_MAGIC):
+            return
         behind = self._work and not self._work.done()
         if not behind or len(self._waiting) >= _BEHIND:
             # A file that comes in one piece is not worth a second thread.

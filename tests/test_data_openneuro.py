@@ -32,6 +32,7 @@ from data.openneuro import (Archive, Snapshot, check_name, make_plan, parse_spec
                             place)
 from data.transfer import (ArchiveError, Damaged, File, Patience, Refused,  # noqa: E402
                            Unreachable, inspect)
+from data.volume import read_volume  # noqa: E402
 from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -838,11 +839,12 @@ def test_damaged_files_of_all_kinds_are_told_from_whole_ones(tmp_path):
     content = nifti(tmp_path)
     packed = gzip.compress(content)
     cases = {
-        "a.nii.gz": [b"", packed[:-1], packed[:-9], packed[:40], content, packed[:-8] + b"\0" * 8,
-                     packed[:60] + b"\xff" + packed[61:], gzip.compress(b""),
-                     gzip.compress(content[:-1]), gzip.compress(b"\0" * 2000),
+        "a.nii.gz": [b"", packed[:-1], packed[:-9], packed[:40], content[:-1],
+                     packed[:-8] + b"\0" * 8, packed[:60] + b"\xff" + packed[61:],
+                     gzip.compress(b""), gzip.compress(content[:-1]), gzip.compress(b"\0" * 2000),
                      gzip.compress(packed), b'{"error": "x"}', b"<html>"],
-        "a.nii": [b"", content[:-1], content[:300], packed, b"\0" * 2000, b"\n <!doctype HTML>"],
+        "a.nii": [b"", content[:-1], content[:300], packed[:-1], packed[:1],
+                  b"\0" * 2000, b"\n <!doctype HTML>"],
         "a.json": [b"", b"{", b'{"error": "x"}', b"<html>", b'{"a": 1', "ü".encode("latin-1")],
         "a.tsv": [b'{"error": "file not found"}', b"<html><body>", b"<?xml version='1.0'?>"],
         "README": [b'{"error": "x", "code": 1}', b"<head>"]}
@@ -854,6 +856,18 @@ def test_damaged_files_of_all_kinds_are_told_from_whole_ones(tmp_path):
                        "README": b"", "README.md": b"<p align=center>Heads</p>",
                        "a.tsv": "id\tname\n1\tü".encode("latin-1")}.items():
         inspect(broken(tmp_path, "file.part", good), name)
+
+
+@pytest.mark.parametrize("step", [1, 100_000])
+def test_compression_is_told_by_the_content_of_a_nifti_file_and_not_by_its_name(tmp_path, step):
+    write_scan(tmp_path / "x.nii", 0, side=9)
+    content = (tmp_path / "x.nii").read_bytes()
+    for name, stored in (("a.nii.gz", content), ("a.nii", gzip.compress(content))):
+        checker = transfer.Checker(name)
+        for start in range(0, len(stored), step):
+            checker.feed(stored[start:start + step])
+        assert checker.finish()["size"] == len(stored)
+        assert read_volume(broken(tmp_path, name, stored)).data.shape == (9, 9, 9)
 
 
 def test_nibabel_checks_the_header_of_every_file(tmp_path, caplog):
