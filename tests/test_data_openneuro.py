@@ -33,6 +33,7 @@ from data.openneuro import (Archive, Snapshot, check_name, make_plan, parse_spec
 from data.transfer import (ArchiveError, Damaged, File, Patience, Refused,  # noqa: E402
                            Unreachable, inspect)
 from data.volume import read_volume  # noqa: E402
+import openneuro_server  # noqa: E402
 from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +174,20 @@ def test_folders_are_walked_where_a_recursive_listing_has_the_first_level_only(t
         assert [f.name for f in listed(server).files] == expected
         # the root, three subjects in one query, their three anat folders in another
         assert len(server.log) - asked == 3
+
+
+@pytest.mark.parametrize("folder", ["sub-01", "sub-01/anat"])
+def test_a_folder_that_is_listed_without_an_id_is_said_and_costs_its_subject_only(tree, folder):
+    closed = openneuro_server._tree_id(tree, tree / folder)
+
+    def spoil(entry):
+        return {**entry, "id": "" if entry["id"] == closed else entry["id"]}
+
+    with OpenNeuro({DATASET: {"1.0.0": tree}}, recursive=False, edit=spoil) as server:
+        plan = make_plan(listed(server))
+    assert [s.subject for s in plan.subjects] == ["02"]
+    assert plan.missing.keys() == {f"{DATASET}_sub-01", f"{DATASET}_sub-03"}
+    assert plan.missing[f"{DATASET}_sub-01"].startswith(f"{folder}: the archive lists this folder")
 
 
 def test_many_folders_are_asked_for_in_batches(tree, monkeypatch):
