@@ -19,6 +19,9 @@ from data.volume import NEGATIVE_SHARE, Volume, grid_of, read_volume, resample, 
 METHODS = ("hd-bet", "deepbet", "mask", "none")
 ADULT_ML = (800.0, 2000.0)  # brains of adults, with room for atrophy and for the cortical CSF
 MAX_STRAY_SHARE = 0.1  # of a mask may lie apart from its largest piece
+# Of a side of the volume; where each of the six has more, the mask is the box or a part of a head.
+# A brain cropped to its box has 0.001 to 0.15 on a side, one that is cut there at most 0.8.
+MAX_SIDE_SHARE = 0.5
 
 
 class NoMemory(ValueError):
@@ -143,8 +146,8 @@ def judge_mask(mask: np.ndarray, t1w: Volume, *,
 
     Raises
     ------
-    ValueError : a mask too small or too large, in pieces, or reaching all sides of the volume, as
-        that of an extracted volume does whose background is not 0
+    ValueError : a mask too small or too large, in pieces, or over most of all six sides of the
+        volume, as that of an extracted volume is whose background is not 0
     """
     box = _box(mask)
     pieces, count = ndimage.label(mask[box])
@@ -157,7 +160,8 @@ def judge_mask(mask: np.ndarray, t1w: Volume, *,
         mask = np.zeros(mask.shape, bool)
         mask[box] = pieces == 1 + int(sizes.argmax())
     brain_ml = float(mask.sum()) * t1w.voxel_ml
-    all_sides = all(mask.take(end, axis=axis).any() for axis in range(3) for end in (0, -1))
+    all_sides = all(mask.take(end, axis=axis).mean() > MAX_SIDE_SHARE
+                    for axis in range(3) for end in (0, -1))
     if all_sides and (fault := strange_background(t1w)):
         raise ValueError(f"{t1w.path}: {fault}")
     low, high = limits_ml
@@ -165,7 +169,7 @@ def judge_mask(mask: np.ndarray, t1w: Volume, *,
         raise ValueError(f"{t1w.path}: brain mask has {brain_ml:.0f} ml, believed are {low:.0f} to "
                          f"{high:.0f}; look at it, or widen with --brain-ml")
     if all_sides:
-        raise ValueError(f"{t1w.path}: brain mask touches all six sides of the volume; "
+        raise ValueError(f"{t1w.path}: brain mask fills all six sides of the volume; "
                          "it is no brain, choose another --brain-extraction")
     return mask, brain_ml
 

@@ -27,11 +27,14 @@ from tqdm import tqdm
 from data import bids
 from data.openneuro import API_URL, Archive, Plan, SubjectFiles, place, size_text
 from data.store import write_atomically
-from data.transfer import (Damaged, File, Helper, Part, Refused, Stopped, Transfer,
-                           inspect, lock, part_paths, read_note, read_object)
+from data.transfer import (ArchiveError, Busy, Damaged, File, Helper, Part, Refused, Stopped,
+                           Transfer, inspect, lock, part_paths, read_note, read_object)
 
 MANIFEST = "manifest.json"
 SYNC_EVERY_S = 0.5
+# Subjects in a row that the archive was too busy for, with no file from it all the while, end the
+# run: that is an outage, and the others would only be skipped one by one. One could be a bad file.
+BUSY_SUBJECTS = 3
 Content = dict[str, dict[str, Any]]
 Change = Callable[[Content], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
@@ -175,6 +178,7 @@ class _Group:
     left: int
     whole: dict[str, dict] = field(default_factory=dict)  # name to manifest entry
     failed: dict[str, str] = field(default_factory=dict)  # name to reason
+    busy: set[str] = field(default_factory=set)  # of the failed ones: may be had another time
 
 
 class Download:
@@ -184,6 +188,9 @@ class Download:
             for subject, reason in download:
                 ... use subject.sessions(download.root), or say why not ...
                 download.finish(subject)
+
+    A subject of which only some sessions can be had comes in parts: those together, and each other
+    session by itself with its reason.
 
     At most `ahead` subjects are on disk or on their way, counted until `finish`; a caller that
     holds more than that gets one more at a time, so it can never wait for itself. Whatever ends the
@@ -198,8 +205,8 @@ class Download:
     keep : leave the files where they are when a subject is finished; files that were there before
         stay in any case
     done : asked for each subject, with the SHA-256 of its scans by path (None unless an earlier run
-        has finished and deleted it) and the note of then; False fetches it. By default who was
-        finished is left alone.
+        has finished and deleted it) and the note of then; False fetches it, but for those of its
+        sessions for which it says True. By default who was finished is left alone.
     connections : files at a time
     progress : show a bar over all bytes (on a terminal), or a line a subject
 
@@ -211,7 +218,8 @@ class Download:
     Raises
     ------
     ValueError : a symbolic link where the files belong
-    ArchiveError, OSError : while iterating; nobody answers, or the disk is full
+    ArchiveError, OSError : while iterating; nobody answers, the archive answers that it cannot now,
+        or the disk is full
     """
 
     def __init__(self, archive: Archive, plan: Plan, folder: Path, *, ahead: int = 2,
@@ -226,12 +234,15 @@ class Download:
             place(self.root, file.name)
         self.root.mkdir(parents=True, exist_ok=True)
         self._manifest = Manifest(self.root, self._tag)
-        done = done or (lambda subject, hashes, note: hashes is not None)
-        self.finished = [s for s in plan.subjects if done(
-            s, self.hashes(s) if self._manifest.finished(s.subject) else None, self.noted(s))]
-        past = {s.subject for s in self.finished}
-        self._todo = [s for s in plan.subjects if s.subject not in past]
-        self._held: set[str] = set()
+        self._done = done or (lambda subject, hashes, note: hashes is not None)
+        self.finished: list[SubjectFiles] = []
+        self._past: list[SubjectFiles] = []  # and single sessions that it has finished
+        self._todo: list[SubjectFiles] = []
+        for subject in plan.subjects:
+            self._look_back(subject)
+        self._held: set[SubjectFiles] = set()
+        self._busy: list[SubjectFiles] = []  # not to be had now; left as they are for a later run
+        self._came = False  # a file from the archive since the last subject was settled
         self._jobs: queue.Queue[tuple[_Group, File] | None] = queue.Queue()
         self._ready: queue.Queue[_Group | None] = queue.Queue()
         self._fatal: BaseException | None = None
@@ -275,12 +286,12 @@ class Download:
         self._start = time.monotonic()
         for thread in self._threads:
             thread.start()
-        for subject in () if self.keep else self.finished:
+        for subject in () if self.keep else self._past:
             self._clean(subject)  # what a kill before the mark, or before the deletion, has left
         self._submit(_Group(None, self.plan.common, len(self.plan.common)))
         waiting, under_way, common = deque(self._todo), 0, 1
         while waiting or under_way or common:
-            while waiting and under_way + len(self._held) < max(self.ahead, len(self._held) + 1):
+            while waiting and under_way + self._kept() < max(self.ahead, self._kept() + 1):
                 subject = waiting.popleft()
                 self._submit(_Group(subject, subject.files, len(subject.files)))
                 under_way += 1
@@ -292,15 +303,35 @@ class Download:
                 self._warn(group.failed)
                 continue
             under_way -= 1
-            yield group.subject, self._settle(group.subject, group.failed)
+            yield from self._settle(group.subject, group)
+
+    def _look_back(self, subject: SubjectFiles) -> None:
+        """Sort out what of a subject is done with."""
+        def is_done(part: SubjectFiles) -> bool:
+            marked = self._manifest.finished(part.subject)
+            return self._done(part, self.hashes(part) if marked else None, self.noted(part))
+
+        if is_done(subject):
+            self.finished.append(subject)
+            self._past.append(subject)
+            return
+        sessions = [session for session, *_ in subject.scans]
+        past = {s for s in sessions if len(sessions) > 1 and is_done(subject.only([s]))}
+        left = [s for s in sessions if s not in past]
+        if not left:
+            self.finished.append(subject)
+        else:
+            self._todo.append(subject.only(left) if past else subject)
+        if past:
+            self._past.append(subject.only(past, shared=not left))
 
     def finish(self, subject: SubjectFiles, note: dict[str, Any] | None = None) -> None:
         """Be done with a subject: remember it and delete its files, unless they are kept.
 
-        May be called from any thread, in any order; does nothing for a subject that could not be
-        had or is finished already. `note` (JSON) is remembered with it, see `noted`.
+        May be called from any thread, in any order; does nothing for what could not be had or is
+        finished already. `note` (JSON) is remembered with it, see `noted`.
         """
-        if subject.subject not in self._held:
+        if subject not in self._held:
             return
         if not self.keep:
             ours = self._ours(subject)
@@ -313,12 +344,15 @@ class Download:
                 for file in ours:
                     content["files"].pop(file.name, None)
                 if whole:
-                    content["subjects"][subject.subject] = {"time": _now(), "files": entries,
-                                                            "note": note or {}}
+                    before = {} if subject in self.plan.subjects else content["subjects"].get(
+                        subject.subject, {})  # of its other sessions
+                    content["subjects"][subject.subject] = {
+                        "time": _now(), "files": {**_objects(before.get("files")), **entries},
+                        "note": {**_objects(before.get("note")), **(note or {})}}
 
             self._manifest.update(mark)
             self._delete(ours)
-        self._held.discard(subject.subject)
+        self._held.discard(subject)
         self._ready.put(None)
 
     def hashes(self, subject: SubjectFiles) -> dict[Path, str] | None:
@@ -362,27 +396,65 @@ class Download:
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=0.5)  # a bare get() is deaf to Ctrl-C on Windows
 
-    def _settle(self, subject: SubjectFiles, failed: dict[str, str]) -> str:
-        """The reason why a subject cannot be used, "" if it can."""
+    def _kept(self) -> int:
+        """Subjects on disk that wait for the caller, or for a later run."""
+        return len(self._held) + len(self._busy)
+
+    def _settle(self, subject: SubjectFiles, group: _Group) -> list[tuple[SubjectFiles, str]]:
+        """What of a subject can be used, with "", and each of its sessions that cannot, and why."""
+        failed = group.failed
         scans = {name for scan in subject.scans for name in scan[1:]}
         self._warn({name: why for name, why in failed.items() if name not in scans})
-        reason = "; ".join(f"{name}: {failed[name]}" for name in sorted(scans & failed.keys()))
-        if not reason:
-            self._held.add(subject.subject)
-        elif not self.keep:
-            self._clean(subject)
+        lost, may_come = {}, []
+        for session, *names in subject.scans:
+            if missing := [name for name in names if name in failed]:
+                lost[session] = "; ".join(f"{name}: {failed[name]}" for name in missing)
+                may_come += [session] if group.busy.issuperset(missing) else []
+        whole = [session for session, *_ in subject.scans if session not in lost]
+        gone = lost.keys() - set(may_come)
+        if gone and not self.keep:
+            self._clean(subject.only(gone, shared=not whole and not may_come))
+        self._bear(subject.only(may_come, shared=not whole) if may_come else None,
+                   "; ".join(lost.values()))
+        parts = [(subject.only([session]), reason) for session, reason in lost.items()]
+        if whole:
+            parts.insert(0, (subject.only(whole) if lost else subject, ""))
+            self._held.add(parts[0][0])
         if self._say:
-            self._say_where(subject, reason)
-        return reason
+            self._say_where(subject, "whole" if not lost else
+                            f"{len(lost)} of {len(subject.scans)} sessions not to be had" if whole
+                            else "not to be had")
+        return parts
 
-    def _say_where(self, subject: SubjectFiles, reason: str) -> None:
+    def _bear(self, busy: SubjectFiles | None, reason: str) -> None:
+        """Leave what has come of a subject that the archive is too busy for, while nothing comes.
+
+        Where something has come since, there was no outage: those before are as good as refused.
+
+        Raises
+        ------
+        ArchiveError : so many in a row that it is an outage
+        """
+        if self._came:
+            self._came = False
+            for subject in () if self.keep else self._busy:
+                self._clean(subject)
+            self._busy.clear()
+        if busy:
+            self._busy.append(busy)
+        if len(self._busy) >= BUSY_SUBJECTS:
+            raise ArchiveError(f"{self.plan.snapshot.dataset}: the archive gives nothing now "
+                               f"({reason}); wait, then run the same command again: it goes on "
+                               "from here")
+
+    def _say_where(self, subject: SubjectFiles, what: str) -> None:
         """What the bar would show, as a line."""
         self._settled += 1
         rate = self._got / max(time.monotonic() - self._start, 1e-3)
         how = (f"{size_text(self._got)} of {size_text(self._total)}  {size_text(rate)}/s  "
                f"about {(self._total - self._got) / rate:.0f} s left") if rate else "from disk"
         log.info("%s  %d/%d  sub-%s  %s  %s", self.plan.snapshot.dataset, self._settled,
-                 len(self._todo), subject.subject, "not to be had" if reason else "whole", how)
+                 len(self._todo), subject.subject, what, how)
 
     def _warn(self, failed: dict[str, str]) -> None:
         for name, why in sorted(failed.items()):
@@ -440,6 +512,8 @@ class Download:
                     group.whole[file.name] = self._fetch(file)
                 except (Refused, ValueError) as error:
                     group.failed[file.name] = str(error)
+                    if isinstance(error, Busy):
+                        group.busy.add(file.name)
                 with self._lock:
                     group.left -= 1
                     last = group.left == 0
@@ -524,6 +598,7 @@ class Download:
             os.fsync(part.handle)
             # Its folder is not synced: a rename lost with the power leaves the .part and its note.
             os.replace(part.path, path)
+            self._came = True
             return self._entry(file, path, facts, part.origin)
         finally:
             part.close()

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,7 +39,7 @@ _SPEC = re.compile(r"(ds\d{6})(?::([A-Za-z0-9][A-Za-z0-9._-]*))?")
 _FIELDS = "{ id filename size urls directory }"
 _TREES_A_QUERY = 20  # each costs the server a look into git
 # Folders in which T1w, T2w and their sidecars can be; also what bounds the walk.
-_FOLDER = re.compile(r"sub-[^/]+(/ses-[^/]+)?(/anat)?")
+_FOLDER = re.compile(r"sub-([^/]+)(?:/ses-([^/]+))?(?:/anat)?")
 _ANAT = re.compile(r"sub-([A-Za-z0-9+]+)/(?:ses-([A-Za-z0-9+]+)/)?anat/([^/]+)")
 _COMMON = re.compile(r"dataset_description\.json|participants\.tsv|(README|CHANGES)(\.\w+)?")
 _FINAL_CODES = {"GRAPHQL_VALIDATION_FAILED", "GRAPHQL_PARSE_FAILED", "BAD_USER_INPUT", "FORBIDDEN",
@@ -55,11 +55,15 @@ log = logging.getLogger("preprocess.openneuro")  # the command that shows what t
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A tagged version of a dataset and the files that could be needed."""
+    """A tagged version of a dataset and the files that could be needed.
+
+    `closed` are folders of subjects that the archive names without the id that opens them.
+    """
 
     dataset: str
     tag: str
     files: tuple[File, ...]
+    closed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,18 @@ class SubjectFiles:
         """As `bids.find_subjects` will find them in the dataset's folder `root`."""
         return [bids.Subject(root.name, self.subject, session, root, root / t1w, root / t2w)
                 for session, t1w, t2w in self.scans]
+
+    def only(self, sessions: Collection[str], *, shared: bool = True) -> SubjectFiles:
+        """The same subject with some of its sessions; not `shared`: without their common files."""
+        def folders(names: Collection[str]) -> tuple[str, ...]:
+            return tuple(f"sub-{self.subject}/" + (f"ses-{name}/" if name else "anat/")
+                         for name in names)
+
+        ours, others = folders(sessions), folders({scan[0] for scan in self.scans} - set(sessions))
+        return SubjectFiles(
+            self.subject, tuple(scan for scan in self.scans if scan[0] in sessions),
+            tuple(file for file in self.files if file.name.startswith(ours)
+                  or shared and not file.name.startswith(others)))
 
 
 @dataclass(frozen=True)
@@ -232,6 +248,11 @@ def _pair(snapshot: Snapshot) -> tuple[dict[tuple[str, str], tuple[File, File]],
             pairs[key] = files[t1w.name], files[t2w.name]
         elif reason:
             missing[bids.subject_id(snapshot.dataset, *key)] = reason
+    for folder in snapshot.closed:
+        if (match := _FOLDER.fullmatch(folder)) and (match[1], match[2] or "") not in pairs:
+            missing[bids.subject_id(snapshot.dataset, match[1], match[2] or "")] = (
+                f"{folder}: the archive lists this folder without an id, so not what is in it; "
+                "try again later")
     return pairs, missing
 
 
@@ -307,14 +328,14 @@ class Archive:
         dataset, tag = parse_spec(spec)
         tag = tag or DEFAULT_TAGS.get(dataset) or self._latest(dataset)
         try:
-            files = self._list(dataset, tag)
+            files, closed = self._list(dataset, tag)
         except ArchiveError as error:
             if not isinstance(error.__cause__, Unreachable):
                 self._check_tag(dataset, tag)
             raise
         if not files:
             raise ArchiveError(f"{dataset} {tag}: the archive lists no files; try again later")
-        return Snapshot(dataset, tag, files)
+        return Snapshot(dataset, tag, files, closed)
 
     def tags(self, dataset: str) -> list[str]:
         """The tags of a dataset's snapshots, in the archive's order.
@@ -370,8 +391,11 @@ class Archive:
 
     # -- listing
 
-    def _list(self, dataset: str, tag: str) -> tuple[File, ...]:
-        """All files that could be needed, in one request where the server can do that."""
+    def _list(self, dataset: str, tag: str) -> tuple[tuple[File, ...], tuple[str, ...]]:
+        """All files that could be needed, in one request where the server can do that.
+
+        Also the folders without an id, of which nothing is listed.
+        """
         try:
             entries = self._ask_files(dataset, tag, ["files(recursive: true)"])[0]
         except ArchiveError as error:
@@ -384,7 +408,8 @@ class Archive:
         listed = {name.rpartition("/")[0] + "/" for name in files}
         folders = {name: tree for name, tree in folders.items()
                    if not any(folder.startswith(name + "/") for folder in listed)}
-        while folders:
+        closed = [name for name, tree in folders.items() if not tree]
+        while folders := {name: tree for name, tree in folders.items() if tree}:
             batch = dict(list(folders.items())[:_TREES_A_QUERY])
             trees = {f"t{i}": tree for i, tree in enumerate(batch.values())}
             found = self._ask_files(dataset, tag, [f"files(tree: ${t})" for t in trees], trees)
@@ -393,7 +418,8 @@ class Archive:
                 more_files, more_folders = _sort_entries(entries, name + "/")
                 files.update(more_files)
                 folders.update(more_folders)
-        return tuple(files[name] for name in sorted(files))
+                closed += [folder for folder, tree in more_folders.items() if not tree]
+        return tuple(files[name] for name in sorted(files)), tuple(sorted(closed))
 
     def _ask_files(self, dataset: str, tag: str, fields: list[str],
                    trees: dict[str, str] | None = None) -> list[list[Any]]:
@@ -492,7 +518,7 @@ def _sort_entries(entries: Iterable[Any], prefix: str) -> tuple[dict[str, File],
             log.warning("%s; left out", error)
             continue
         if entry.get("directory"):
-            if _FOLDER.fullmatch(name) and key:
+            if _FOLDER.fullmatch(name):
                 folders[name] = key
         elif "/" not in name or _FOLDER.fullmatch(name.rpartition("/")[0]):
             given = entry.get("urls")

@@ -38,6 +38,7 @@ except ImportError:  # not made for this processor
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 _BEHIND = 64  # blocks (64 kB each) that may wait for their decompression
 _GZIP = 31  # the window's bits, as in zlib: a gzip header, and the CRC checked
+_MAGIC = b"\x1f\x8b"  # how gzip starts
 _TEXT = 1 << 20  # longer texts are not parsed
 _PROGRESS = 1 << 16  # bytes that make a failed try worth another one
 _SLOWEST = 1024  # bytes a second; below it a connection counts as dead
@@ -104,8 +105,16 @@ class Retry(Exception):
         self.wait_s = wait_s
 
 
+class Overloaded(Retry):
+    """The server says that it cannot now: HTTP 5xx, 429."""
+
+
 class Refused(Exception):
     """This address will not give the file."""
+
+
+class Busy(Refused):
+    """The server at this address has said that it cannot now, for as long as patience lasted."""
 
 
 class Unreachable(Refused):
@@ -161,7 +170,7 @@ class Line:
 
         Raises
         ------
-        Refused : given up (Unreachable where nobody answered)
+        Refused : given up (Unreachable where nobody answered, Busy where the server could not)
         ArchiveError : the server asks to stay away for longer than patience lasts
         Stopped : while waiting
         """
@@ -174,8 +183,9 @@ class Line:
                 tries = 1 if size() - before >= _PROGRESS else tries + 1
                 if tries >= self.patience.attempts:
                     nobody = isinstance(error, (httpx.ConnectError, httpx.TimeoutException))
-                    raise (Unreachable if nobody else Refused)(
-                        f"{_why(error)} ({tries} tries)") from error
+                    kind = (Unreachable if nobody else Busy if isinstance(error, Overloaded)
+                            else Refused)
+                    raise kind(f"{_why(error)} ({tries} tries)") from error
                 if self.stop.wait(self._wait(tries, getattr(error, "wait_s", None))):
                     raise Stopped from None
 
@@ -253,7 +263,9 @@ class Checker:
 
     Decompressing and hashing while the network is waited for costs no time of its own. A NIfTI file
     is whole if all of it decompresses, its gzip CRC fits, its header loads and as many voxels
-    follow as that says; JSON must be JSON; nothing may be a web page or the API's `{"error": ...}`.
+    follow as that says (its first bytes tell whether it is compressed, as for `read_volume`: some
+    are called .nii.gz and are not); JSON must be JSON; nothing may be a web page or the API's
+    `{"error": ...}`.
 
     Parameters
     ----------
@@ -270,17 +282,23 @@ class Checker:
         self._waiting: list[bytes] = []  # to be decompressed
         self._work: Future[None] | None = None  # the helper's, with the bytes before
         self._md5, self._sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-        self._unpacker = inflate.decompressobj(_GZIP) if name.endswith(".gz") else None
         self._is_nifti = name.endswith((".nii", ".nii.gz"))
+        packed = name.endswith(".gz") and not self._is_nifti
+        self._unpacker = inflate.decompressobj(_GZIP) if packed else None
         self._start, self._head, self._length = b"", b"", 0  # of the file; of what is packed in it
 
     def feed(self, block: bytes) -> None:
         """Take the next bytes, of any number."""
+        is_open = self._is_nifti and self.size < len(_MAGIC)  # whether it is compressed
         self.size += len(block)
         self._md5.update(block)
         self._sha256.update(block)
         self._start += block[:max((64 if self._is_nifti else _TEXT) - len(self._start), 0)]
         self._waiting.append(block)
+        if is_open and self._start.startswith(_MAGIC):
+            self._unpacker = inflate.decompressobj(_GZIP)
+        elif is_open and self.size < len(_MAGIC):
+            return
         behind = self._work and not self._work.done()
         if not behind or len(self._waiting) >= _BEHIND:
             # A file that comes in one piece is not worth a second thread.
@@ -526,6 +544,7 @@ class Transfer:
         Raises
         ------
         Refused : none of them has it; nothing is left of it
+        Busy : they may have it, but not now; the part is left to go on from
         ArchiveError : nobody answers at any of them; the part is left to go on from
         """
         reasons: list[Refused] = []
@@ -538,10 +557,14 @@ class Transfer:
         if all(isinstance(reason, Unreachable) for reason in reasons):
             raise ArchiveError(f"{text}; check the network, then run the same command again: it "
                                "goes on from here")
-        self._forget()
-        self._expect(0)
-        self._part.discard()
-        raise Refused(text)
+        may_come = all(isinstance(reason, (Unreachable, Busy)) for reason in reasons)
+        if may_come and self._part.size:
+            self._expect(self._part.size)
+        else:
+            self._forget()
+            self._expect(0)
+            self._part.discard()
+        raise (Busy if may_come else Refused)(text)
 
     def _try(self, url: str, is_exact: bool) -> dict[str, Any]:
         part, file = self._part, self._file
@@ -605,7 +628,7 @@ class Transfer:
                 self._forget()
                 raise Retry("cannot go on where we were", 0.0)
             if is_passing(response.status_code):
-                raise Retry(f"HTTP {response.status_code}", retry_after(response))
+                raise Overloaded(f"HTTP {response.status_code}", retry_after(response))
             if response.status_code not in (200, 206):
                 raise Refused(f"HTTP {response.status_code}")
             if response.headers.get("Content-Type", "").startswith("text/html"):

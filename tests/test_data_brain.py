@@ -161,12 +161,49 @@ def test_a_mask_too_small_or_too_large_for_a_brain_is_refused_with_both_figures(
         brain.judge_mask(np.zeros(SHAPE, bool), scan(head()))
 
 
-def test_a_mask_that_touches_all_six_sides_is_no_brain():
+def test_a_mask_that_fills_all_six_sides_is_no_brain():
     shape = (30, 30, 30)
     everything = scan(np.random.default_rng(0).uniform(1, 2, shape), lay_affine(shape, 4))
     assert 800 < np.prod(shape) * 0.064 < 2000
-    with pytest.raises(ValueError, match="touches all six sides"):
+    with pytest.raises(ValueError, match="fills all six sides"):
         brain.judge_mask(np.ones(shape, bool), everything)
+
+
+def cropped(shape, affine, **how):
+    """A painted head in the smallest box that holds all of its signal."""
+    data = paint(shape, affine, **how)
+    data[data < 1] = 0
+    (box,) = ndimage.find_objects((data > 0).astype(int))
+    affine = affine.copy()
+    affine[:3, 3] = apply_affine(affine, [side.start for side in box])
+    return scan(data[box], affine)
+
+
+@pytest.mark.parametrize("shape, spacing", [(SHAPE, (4, 4, 5)), ((80, 90, 70), 2),
+                                            ((20, 25, 20), 8)])
+@pytest.mark.parametrize("person", [0, 3])
+def test_a_brain_cropped_to_its_box_is_believed_and_seen_to_be_extracted(shape, spacing, person):
+    volume = cropped(shape, lay_affine(shape, spacing), person=person)
+    mask = brain.nonzero_mask(volume)
+    assert all(mask.take(end, axis=axis).any() for axis in range(3) for end in (0, -1))
+    assert brain.looks_extracted(volume)
+    kept, brain_ml = brain.judge_mask(mask, volume)
+    np.testing.assert_array_equal(kept, mask)
+    assert 1200 < brain_ml < 1400
+
+
+def test_a_whole_head_is_no_brain_however_it_is_cropped():
+    shape = (46, 56, 44)
+    affine = lay_affine(shape, 4)
+    noise = np.abs(np.random.default_rng(0).normal(0, 5, shape))
+    whole = cropped(shape, affine, extracted=False)
+    noisy = scan(paint(shape, affine, extracted=False) + noise, affine)
+    middle = scan(whole.data[8:38, 10:40, 6:36], affine)  # as large as a brain
+    for volume, said in ((whole, "believed are"), (noisy, "believed are"),
+                         (middle, "fills all six sides")):
+        assert not brain.looks_extracted(volume)
+        with pytest.raises(ValueError, match=said):
+            brain.judge_mask(brain.nonzero_mask(volume), volume)
 
 
 def test_extracted_volumes_are_told_from_whole_heads():

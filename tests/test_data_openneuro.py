@@ -32,6 +32,8 @@ from data.openneuro import (Archive, Snapshot, check_name, make_plan, parse_spec
                             place)
 from data.transfer import (ArchiveError, Damaged, File, Patience, Refused,  # noqa: E402
                            Unreachable, inspect)
+from data.volume import read_volume  # noqa: E402
+import openneuro_server  # noqa: E402
 from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +174,20 @@ def test_folders_are_walked_where_a_recursive_listing_has_the_first_level_only(t
         assert [f.name for f in listed(server).files] == expected
         # the root, three subjects in one query, their three anat folders in another
         assert len(server.log) - asked == 3
+
+
+@pytest.mark.parametrize("folder", ["sub-01", "sub-01/anat"])
+def test_a_folder_that_is_listed_without_an_id_is_said_and_costs_its_subject_only(tree, folder):
+    closed = openneuro_server._tree_id(tree, tree / folder)
+
+    def spoil(entry):
+        return {**entry, "id": "" if entry["id"] == closed else entry["id"]}
+
+    with OpenNeuro({DATASET: {"1.0.0": tree}}, recursive=False, edit=spoil) as server:
+        plan = make_plan(listed(server))
+    assert [s.subject for s in plan.subjects] == ["02"]
+    assert plan.missing.keys() == {f"{DATASET}_sub-01", f"{DATASET}_sub-03"}
+    assert plan.missing[f"{DATASET}_sub-01"].startswith(f"{folder}: the archive lists this folder")
 
 
 def test_many_folders_are_asked_for_in_batches(tree, monkeypatch):
@@ -838,11 +854,12 @@ def test_damaged_files_of_all_kinds_are_told_from_whole_ones(tmp_path):
     content = nifti(tmp_path)
     packed = gzip.compress(content)
     cases = {
-        "a.nii.gz": [b"", packed[:-1], packed[:-9], packed[:40], content, packed[:-8] + b"\0" * 8,
-                     packed[:60] + b"\xff" + packed[61:], gzip.compress(b""),
-                     gzip.compress(content[:-1]), gzip.compress(b"\0" * 2000),
+        "a.nii.gz": [b"", packed[:-1], packed[:-9], packed[:40], content[:-1],
+                     packed[:-8] + b"\0" * 8, packed[:60] + b"\xff" + packed[61:],
+                     gzip.compress(b""), gzip.compress(content[:-1]), gzip.compress(b"\0" * 2000),
                      gzip.compress(packed), b'{"error": "x"}', b"<html>"],
-        "a.nii": [b"", content[:-1], content[:300], packed, b"\0" * 2000, b"\n <!doctype HTML>"],
+        "a.nii": [b"", content[:-1], content[:300], packed[:-1], packed[:1],
+                  b"\0" * 2000, b"\n <!doctype HTML>"],
         "a.json": [b"", b"{", b'{"error": "x"}', b"<html>", b'{"a": 1', "ü".encode("latin-1")],
         "a.tsv": [b'{"error": "file not found"}', b"<html><body>", b"<?xml version='1.0'?>"],
         "README": [b'{"error": "x", "code": 1}', b"<head>"]}
@@ -854,6 +871,18 @@ def test_damaged_files_of_all_kinds_are_told_from_whole_ones(tmp_path):
                        "README": b"", "README.md": b"<p align=center>Heads</p>",
                        "a.tsv": "id\tname\n1\tü".encode("latin-1")}.items():
         inspect(broken(tmp_path, "file.part", good), name)
+
+
+@pytest.mark.parametrize("step", [1, 100_000])
+def test_compression_is_told_by_the_content_of_a_nifti_file_and_not_by_its_name(tmp_path, step):
+    write_scan(tmp_path / "x.nii", 0, side=9)
+    content = (tmp_path / "x.nii").read_bytes()
+    for name, stored in (("a.nii.gz", content), ("a.nii", gzip.compress(content))):
+        checker = transfer.Checker(name)
+        for start in range(0, len(stored), step):
+            checker.feed(stored[start:start + step])
+        assert checker.finish()["size"] == len(stored)
+        assert read_volume(broken(tmp_path, name, stored)).data.shape == (9, 9, 9)
 
 
 def test_nibabel_checks_the_header_of_every_file(tmp_path, caplog):
@@ -1406,6 +1435,115 @@ def test_a_broken_subject_leaves_nothing_behind_when_streaming(crowd, tmp_path):
     manifest = json.loads((tmp_path / DATASET / "manifest.json").read_text())
     assert list(manifest["files"]) == ["dataset_description.json"]
     assert sorted(manifest["subjects"]) == list("0124567")
+
+
+def files_of(server):
+    root = server.datasets[DATASET]["1.0.0"]
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_archive_that_only_says_not_now_ends_the_run_and_the_next_goes_on_from_the_part(
+        crowd, tmp_path, status, keep):
+    first = "sub-0/anat/sub-0_T1w.nii.gz"
+    crowd.fault("s3", first, Fault(cut=10_000))
+    for where in ("s3", "bare", "route"):
+        for name in files_of(crowd):
+            crowd.fault(where, name, Fault(status=status), always=True)
+    with pytest.raises(ArchiveError, match=f"HTTP {status}.*run the same command again"):
+        fetch(crowd, tmp_path, keep=keep)
+    assert (tmp_path / DATASET / f"{first}.part").stat().st_size == 10_000
+    assert len({r.name for r in crowd.requests()}) < 12, "it did not go through all 17 files"
+    crowd.always.clear()
+    crowd.log.clear()
+    assert fetch(crowd, tmp_path, keep=keep) == {label: "" for label in "01234567"}
+    assert [r.range for r in crowd.requests(first)] == ["bytes=10000-"]
+    assert keep or not on_disk(tmp_path)
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_files_refused_for_now_among_others_that_come_cost_their_subjects_only(crowd, tmp_path):
+    for where in ("s3", "bare", "route"):
+        for label in "01234":
+            crowd.fault(where, f"sub-{label}/anat/sub-{label}_T2w.nii.gz", Fault(status=503),
+                        always=True)
+    found = fetch(crowd, tmp_path, keep=False, connections=1)
+    assert [label for label in sorted(found) if "HTTP 503" in found[label]] == list("01234")
+    assert [label for label in sorted(found) if not found[label]] == list("567")
+    assert not on_disk(tmp_path)
+
+
+@pytest.fixture
+def visits(tmp_path_factory):
+    """A subject with three sessions, and a sidecar that they share; one with one session."""
+    root = tmp_path_factory.mktemp("visits") / DATASET
+    for i, name in enumerate(("1_ses-a", "1_ses-b", "1_ses-c", "2_ses-a")):
+        for j, suffix in enumerate(("T1w", "T2w")):
+            scan = root / f"sub-{name.replace('_', '/')}/anat/sub-{name}_{suffix}.nii.gz"
+            write_scan(scan, 2 * i + j, side=20)
+    (root / "sub-1" / "sub-1_T1w.json").write_text("{}")
+    with OpenNeuro({DATASET: {"1.0.0": root}}) as running:
+        yield running
+
+
+LOST = "sub-1/ses-b/anat/sub-1_ses-b_T2w.nii.gz"
+
+
+def arrivals(server, folder, **options):
+    """Download; returns {(subject, its sessions): reason}, and what was on disk at each."""
+    with Archive(server.api_url, server.s3_url, QUICK) as archive:
+        plan = make_plan(archive.snapshot(f"{DATASET}:1.0.0"))
+        with Download(archive, plan, folder, progress=False, **options) as download:
+            found, seen = {}, {}
+            for part, reason in download:
+                key = part.subject, "".join(session for session, *_ in part.scans)
+                found[key] = reason
+                seen[key] = {n for n in data_files(folder / DATASET) if n.startswith("sub-1/")}
+                if not reason:
+                    assert {f.name for f in part.files} <= data_files(folder / DATASET).keys()
+                download.finish(part, {"of": key[1]})
+    return found, seen
+
+
+def test_a_lost_scan_costs_its_session_and_no_other_of_its_subject(visits, tmp_path):
+    for where in ("s3", "bare", "route"):
+        visits.fault(where, LOST, Fault(status=404), always=True)
+    found, seen = arrivals(visits, tmp_path)
+    assert found.keys() == {("1", "ac"), ("1", "b"), ("2", "a")}
+    assert not found["1", "ac"] and not found["2", "a"]
+    assert found["1", "b"].startswith(f"{LOST}: ") and "HTTP 404" in found["1", "b"]
+    assert not [name for name in seen["1", "ac"] if "ses-b" in name]
+    assert "sub-1/sub-1_T1w.json" in seen["1", "ac"]
+    assert not on_disk(tmp_path)
+
+
+def test_the_next_run_asks_for_the_lost_session_alone_and_then_all_are_done_with(visits, tmp_path):
+    for where in ("s3", "bare", "route"):
+        visits.fault(where, LOST, Fault(status=404), always=True)
+    arrivals(visits, tmp_path)
+    visits.log.clear()
+    assert arrivals(visits, tmp_path)[0].keys() == {("1", "b")}
+    assert {r.name for r in visits.requests(place="s3") if r.name.endswith("gz")} == {
+        LOST, LOST.replace("T2w", "T1w")}
+    visits.always.clear()
+    assert arrivals(visits, tmp_path)[0] == {("1", "b"): ""}
+    visits.log.clear()
+    assert arrivals(visits, tmp_path)[0] == {}
+    assert not visits.requests(place="s3") and not on_disk(tmp_path)
+    manifest = json.loads((tmp_path / DATASET / "manifest.json").read_text())
+    assert len([n for n in manifest["subjects"]["1"]["files"] if n.endswith("gz")]) == 6
+
+
+def test_sessions_that_are_all_lost_have_a_reason_each_and_leave_nothing_behind(visits, tmp_path):
+    lost = [LOST.replace("ses-b", f"ses-{session}") for session in "abc"]
+    for where in ("s3", "bare", "route"):
+        for name in lost:
+            visits.fault(where, name, Fault(status=404), always=True)
+    found, _ = arrivals(visits, tmp_path)
+    assert found.pop(("2", "a")) == ""
+    assert [reason.partition(":")[0] for _, reason in sorted(found.items())] == lost
+    assert not on_disk(tmp_path)
 
 
 def test_leaving_the_loop_stops_the_threads(crowd, tmp_path):

@@ -222,6 +222,21 @@ def test_a_mask_on_another_grid_serves_both_scans(tmp_path):
     assert float(by_mask.row["brain_ml"]) == pytest.approx(float(by_zero.row["brain_ml"]), rel=0.02)
 
 
+@pytest.mark.parametrize("method", ["none", "mask"])
+def test_scans_cropped_to_the_brain_give_the_rows_of_the_whole_ones(method, tmp_path):
+    anat = write_pair(tmp_path / "t", "01", person=4, mask=True)
+    whole = made(tmp_path / "t", method)
+    head = np.asarray(nib.load(anat / "sub-01_T1w.nii.gz").dataobj)
+    (box,) = ndimage.find_objects((head > 0).astype(int))
+    for path in anat.glob("*.nii.gz"):
+        scan = nib.load(path).slicer[box]
+        nib.Nifti1Image(np.asarray(scan.dataobj), scan.affine).to_filename(path)
+    part = made(tmp_path / "t", method)
+    assert part.t1w.shape == whole.t1w.shape
+    np.testing.assert_array_equal(part.mask, whole.mask)
+    np.testing.assert_allclose(part.t1w, whole.t1w, atol=0.01)
+
+
 def test_a_frame_too_small_for_the_brain_says_which_share_it_cuts(tmp_path):
     write_pair(tmp_path / "t", "01")
     part = made(tmp_path / "t", settings=Settings(size=32, spacing_mm=4.0))

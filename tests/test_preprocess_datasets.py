@@ -302,6 +302,23 @@ def test_a_scan_that_nobody_has_costs_its_subject_only(server, tmp_path):
     assert len(SliceStore(tmp_path / "slices").subjects) == 9
 
 
+def test_a_scan_that_nobody_has_costs_its_session_only(server, tmp_path):
+    for where in ("s3", "bare", "route"):
+        server.fault(where, "sub-05/ses-b/anat/sub-05_ses-b_T2w.nii.gz", Fault(status=404),
+                     always=True)
+    assert run(tmp_path, NAMES[0]).code == 3
+    reasons = {r["id"]: r["reason"] for r in store.read_table(tmp_path / "slices" / "skipped.tsv")}
+    assert reasons.keys() == {"ds000001_sub-05_ses-b", "ds000001_sub-99"}
+    assert len(SliceStore(tmp_path / "slices").subjects) == 5
+    server.always.clear()
+    server.log.clear()
+    assert run(tmp_path, NAMES[0]).code == 3
+    assert {r.name.rpartition("_")[0] for r in server.requests(place="s3")
+            if r.name.endswith(".nii.gz")} == {"sub-05/ses-b/anat/sub-05_ses-b"}
+    run(tmp_path, NAMES[0], out="fresh", options=["--downloads", str(tmp_path / "again")])
+    assert content(tmp_path / "slices") == content(tmp_path / "fresh")
+
+
 def test_list_prints_what_would_be_fetched_and_fetches_nothing(server, tmp_path):
     result = run(tmp_path, options=["--list"])
     assert result.code == 0
