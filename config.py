@@ -257,6 +257,8 @@ def _check_config(c: TrainConfig) -> None:
     for name, low in least.items():
         if not low <= getattr(c, name) < math.inf:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least {low}")
+    if c.seed >= 2 ** 32:
+        raise ValueError(f"--seed {c.seed}: must be below {2 ** 32}")
     if c.epochs + c.epochs_decay == 0:
         raise ValueError("--epochs 0 --epochs-decay 0: nothing to train; raise one")
     if len(c.lambda_cycle) != 2 or not all(0 <= weight < math.inf for weight in c.lambda_cycle):

@@ -238,8 +238,9 @@ def first_speaks() -> Iterator[None]:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         yield
         return
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(said):
             yield
     except (ValueError, FileNotFoundError, FloatingPointError, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:  # --help
@@ -247,6 +248,9 @@ def first_speaks() -> Iterator[None]:
         # torchrun ends all when one has ended: the first must have spoken by then
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
+        # still there, so it has met this alone: a file that is damaged, or not on this machine
+        print(said.getvalue() if isinstance(error, SystemExit) else f"error: {error}",
+              file=sys.stderr, flush=True)
         raise SystemExit(console.FAILED) from None
 
 

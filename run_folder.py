@@ -65,6 +65,7 @@ def only_writer(run: Path, process: Process, patience_s: float = 30) -> Iterator
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break
+        process.any(False)  # the others wait, too: what the run of before still writes is not read
         yield
     finally:
         if handle is not None:
@@ -239,6 +240,8 @@ def find_resume(config: TrainConfig, args: argparse.Namespace,
             raise
         log.warning("%s; going on from %s", error, before)
         last, state = before, checkpoint.load(before, resume=True)
+    if last.parent.resolve() != Path(config.run).resolve():  # whose best files stay where they are
+        state["best"].update(t2w_ssim=-1.0, kept=[])
     _check_options(config, args, state, last)
     _check_data(config, args, state, last, record)
     return state, last

@@ -18,6 +18,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import health
 from config import TrainConfig, parse_args, plain
 from data.contrast import intensity_quantiles, training_figures
 from data.histogram import STANDARDISED, Standard, StandardRows, find_standard
-from data.slices import UnpairedBatches
+from data.slices import UnpairedBatches, training_sessions
 from data.store import SliceStore, write_atomically
 from device import Process, first_speaks, peak_memory_gib, start_process
 from models import checkpoint
@@ -98,18 +99,21 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
     if process.is_main:  # for translate.py, which says where a volume is unlike these
         record["training"] = training_figures(store)
     state, last = find_resume(config, args, record)
-    standard = find_histograms(config, store, state)
+    seen = training_sessions(store, config.strict_unpaired)
+    standard = find_histograms(config, store, state, seen)
     if standard:
         record["standard"] = standard.standard.record()
     loader = UnpairedBatches(store, batch_size=config.batch_size, seed=config.seed,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
                              world=process.world, strict=config.strict_unpaired,
                              balanced=config.balance, standard=standard)
-    quantiles = intensity_quantiles(store, standard=standard.standard if standard else None)
+    quantiles = intensity_quantiles(store, sessions=seen,
+                                    standard=standard.standard if standard else None)
     t = Training(config, process, loader.steps_per_epoch, record, quantiles, standard)
     t.where = functools.partial(name_slices, store, loader)
     if state:
         t.load(state)
+    check_place(t)
     with contextlib.closing(RunLog(run, process, t.step, t.best["judged_step"])) as run_log:
         _announce(t, store)
         if state:
@@ -138,6 +142,16 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
         return console.DONE
 
 
+def check_place(t: Training) -> None:
+    """Refuse processes that begin at different steps (collective)."""
+    mine = torch.tensor([t.step, t.epoch, t.epoch_step], dtype=torch.float64,
+                        device=t.process.device)
+    if t.process.any(not torch.equal(t.process.mean(mine), mine))[0]:
+        raise ValueError(f"{t.config.run}: processes found different checkpoints there, one of "
+                         f"them that of step {t.step}; --run has to be a folder that all machines "
+                         "share")
+
+
 def name_slices(store: SliceStore, loader: UnpairedBatches, epoch: int, epoch_step: int) -> str:
     """The slices and files that a step saw, for a message."""
     texts = []
@@ -151,14 +165,17 @@ def name_slices(store: SliceStore, loader: UnpairedBatches, epoch: int, epoch_st
     return f", slices {'; '.join(texts)}"
 
 
-def find_histograms(config: TrainConfig, store: SliceStore,
-                    state: dict[str, Any] | None) -> StandardRows | None:
-    """What histograms the nets are shown slices with: on resume those that they know."""
+def find_histograms(config: TrainConfig, store: SliceStore, state: dict[str, Any] | None,
+                    seen: Mapping[str, Sequence[dict[str, Any]]]) -> StandardRows | None:
+    """What histograms the nets are shown slices with: on resume those that they know.
+
+    `seen` are the sessions that slices of each contrast are drawn from.
+    """
     contrasts = STANDARDISED[config.standardise]
     known = Standard.of_record(state["preprocessing"]) if state else None
-    if known is None or set(known.wanted) != set(contrasts):
-        known = find_standard(store, contrasts)
-    return StandardRows(store, known) if contrasts else None
+    wanted = {c: known.wanted[c] for c in contrasts if known and c in known.wanted}
+    wanted |= find_standard(store, [c for c in contrasts if c not in wanted], seen).wanted
+    return StandardRows(store, Standard(wanted)) if contrasts else None
 
 
 def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLog,

@@ -175,8 +175,8 @@ class Training:
         self._check_recent()
         lost = [name for name in NETS
                 if not all(bool(p.isfinite().all()) for p in getattr(self.nets, name).parameters())]
-        self._complain(f"weights of {', '.join(lost)} not finite by step {self.step} (epoch "
-                       f"{self.epoch + 1})" if lost else "")
+        self.complain(f"weights of {', '.join(lost)} not finite by step {self.step} (epoch "
+                      f"{self.epoch + 1})" if lost else "")
 
     def _check_recent(self) -> None:
         """Look at the values of the steps since the last look, all at once."""
@@ -190,16 +190,15 @@ class Training:
                     found = (f"{', '.join(terms)} not finite at step {step} (epoch {epoch + 1})"
                              f"{self.where(epoch, epoch_step)}")
                     break
-        self._complain(found)
+        self.complain(found)
         self.recent.clear()
 
-    def _complain(self, found: str) -> None:
-        """Raise on all processes what one of them has found (collective)."""
+    def complain(self, found: str, cure: str = "try a smaller --lr, or --precision fp32") -> None:
+        """Raise FloatingPointError on all processes where one of them has `found` (collective)."""
         if self.process.any(bool(found))[0]:
             every = [text for text in self.process.gather(found) if text]
-            raise FloatingPointError(
-                f"{every[0] if every else found}; last.pt has the state before, if one was saved; "
-                "try a smaller --lr, or --precision fp32")
+            raise FloatingPointError(f"{every[0] if every else found}; last.pt has the state "
+                                     f"before, if one was saved; {cure}")
 
     def check_equal(self) -> None:
         """Raise RuntimeError unless all processes have the same weights to the bit (collective)."""

@@ -31,6 +31,10 @@ def validate(t: Training, store: SliceStore,
     the processes and their figures gathered, so the result does not depend on how many there are.
     Mean over a subject's slices, then over subjects; {} without any, and on other ranks than 0.
     Left unfinished, so of no use, once it is `stopped`.
+
+    Raises
+    ------
+    FloatingPointError : a figure is not finite: no epoch could be better than the first
     """
     subjects: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for session in paired_subjects(store, "val"):
@@ -39,10 +43,19 @@ def validate(t: Training, store: SliceStore,
     mine = [(i, _validate_subject(t, store, sessions))
             for i, sessions in enumerate(subjects.values())
             if i % world == rank and not stopped()]
+    lost = [(list(subjects.values())[i], sorted(name for name, value in found.items()
+                                                if not np.isfinite(value))) for i, found in mine]
+    t.complain(next((f"validation of {_files(sessions)} at step {t.step}: {', '.join(names)} not "
+                     "finite" for sessions, names in lost if names), ""),
+               "look at these scans and make their slices again, or try --precision fp32")
     parts = dict(pair for part in t.process.gather(mine) for pair in part)
     figures = [parts[i] for i in sorted(parts)]
     names = figures[0] if figures else ()
     return {name: float(np.mean([f[name] for f in figures])) for name in names}
+
+
+def _files(sessions: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{s['dataset']} {s['t1w']}, {s['t2w']}" for s in sessions)
 
 
 def _validate_subject(t: Training, store: SliceStore,

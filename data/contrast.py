@@ -8,7 +8,7 @@ of the histogram points down or up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,8 @@ def training_figures(store: SliceStore) -> dict[str, Any]:
         mask = store.mask(rows)
         for name, stack in (("t1w", store.t1w), ("t2w", store.t2w)):
             values = (np.asarray(stack[rows])[mask].astype(np.float32) + 1) / 2
-            found[name].append(_percentiles(values))
+            if len(values):
+                found[name].append(_percentiles(values))
     record: dict[str, Any] = {"percentiles": list(PERCENTILES), "subjects": len(looked_at)}
     for name, rows_of in found.items():
         table = np.array(rows_of).reshape(-1, len(PERCENTILES))
@@ -123,13 +124,16 @@ def training_figures(store: SliceStore) -> dict[str, Any]:
     return record
 
 
-def intensity_quantiles(store: SliceStore, steps: int = 256,
-                        standard: Standard | None = None) -> dict[str, np.ndarray]:
+def intensity_quantiles(
+        store: SliceStore, steps: int = 256, standard: Standard | None = None,
+        sessions: Mapping[str, Sequence[dict[str, Any]]] | None = None) -> dict[str, np.ndarray]:
     """How the intensities of the training subjects' brains are distributed.
 
     Parameters
     ----------
     standard : what histograms the nets are shown them with, if not as they are stored
+    sessions : contrast to the sessions that training draws it from, as `slices.training_sessions`
+        (default: the training split)
     steps : equal steps from the darkest to the brightest
 
     Returns
@@ -137,10 +141,11 @@ def intensity_quantiles(store: SliceStore, steps: int = 256,
     `t1w`, `t2w` : (steps + 1,) float32 quantiles in [-1, 1], ascending, all subjects counting alike
         (of many, `MOST_SUBJECTS` are looked at)
     """
-    subjects = [s for s in store.subjects if s["split"] == "train"]
+    training = [s for s in store.subjects if s["split"] == "train"]
     shares, found = np.linspace(0, 1, steps + 1), {}
-    looked_at = [store.of_subject(s) for s in subjects[::-(-len(subjects) // MOST_SUBJECTS)]]
     for place, name in enumerate(("t1w", "t2w")):
+        rows = sessions[name] if sessions else training
+        looked_at = [store.of_subject(s) for s in rows[::-(-len(rows) // MOST_SUBJECTS) or 1]]
         brains = [arrays[place][arrays[2]].astype(np.float32) for arrays in looked_at]
         if standard:
             brains = [standard.move(v, volume_landmarks(arrays[place], arrays[2]), name)

@@ -78,17 +78,26 @@ class Standard:
         return slices if wanted is None else moved(slices, own, wanted)
 
 
-def find_standard(store: SliceStore, contrasts: Sequence[str] = CONTRASTS) -> Standard:
+def find_standard(store: SliceStore, contrasts: Sequence[str] = CONTRASTS,
+                  sessions: Mapping[str, Sequence[dict[str, Any]]] | None = None) -> Standard:
     """The mean landmarks of a store's training volumes (of many, of some `MOST_VOLUMES`).
 
-    Of none where there are no training volumes.
+    Of a contrast without training volumes there is none.
+
+    Parameters
+    ----------
+    contrasts : which
+    sessions : contrast to the sessions that training draws it from, as `slices.training_sessions`
+        (default: the training split)
     """
-    subjects = [s for s in store.subjects if s["split"] == "train"]
-    if not subjects:
-        return Standard({})
-    every = [store.of_subject(s) for s in subjects[::-(-len(subjects) // MOST_VOLUMES)]]
-    return Standard({name: np.mean([volume_landmarks(v[place], v[2]) for v in every], axis=0)
-                     for place, name in enumerate(CONTRASTS) if name in contrasts})
+    found = {}
+    training = [s for s in store.subjects if s["split"] == "train"]
+    for place, name in enumerate(CONTRASTS):
+        rows = sessions[name] if sessions else training
+        if rows and name in contrasts:
+            every = [store.of_subject(s) for s in rows[::-(-len(rows) // MOST_VOLUMES)]]
+            found[name] = np.mean([volume_landmarks(v[place], v[2]) for v in every], axis=0)
+    return Standard(found)
 
 
 class StandardRows:
@@ -137,8 +146,8 @@ def volume_landmarks(slices: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def landmarks(values: np.ndarray) -> np.ndarray:
     """(K,) float32 from -1 over the `PERCENTILES` of a brain's intensities (n,) to 1, ascending.
 
-    What is not finite is left out, and found where it is used. Without any intensities they lie at
-    equal steps.
+    What is not finite is left out, stays so, and is found where it is used. Without any intensities
+    they lie at equal steps.
     """
     values = values.astype(np.float32)
     values = values[np.isfinite(values)]
@@ -152,7 +161,8 @@ def landmarks(values: np.ndarray) -> np.ndarray:
 def moved(slices: np.ndarray, own: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Move intensities in [-1, 1] from landmarks `own` to `wanted`; same shape and dtype."""
     shown = np.full_like(slices, -1)
-    brain = slices != -1  # a NaN stays one
-    values = np.interp(slices[brain].astype(np.float32), own, wanted)
-    shown[brain] = np.maximum(values, DARKEST)
+    brain = slices != -1
+    values = slices[brain].astype(np.float32)
+    there = np.maximum(np.interp(values, own, wanted), DARKEST)
+    shown[brain] = np.where(np.isfinite(values), there, values)  # an infinite one would be 1
     return shown

@@ -258,17 +258,29 @@ def halves(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _half_spans(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of `halves` as `spans_of`."""
+def training_sessions(store: SliceStore, strict: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """The sessions that training draws `t1w` and `t2w` from: all, or with `strict` a half each.
+
+    Raises
+    ------
+    ValueError : fewer than two training subjects, with `strict`
+    """
     training = paired_subjects(store, "train")
+    if not strict:
+        return {"t1w": training, "t2w": training}
     people = {(s["dataset"], s["subject"]) for s in training}
     if len(people) < 2:
         raise ValueError(f"{store.folder}: has {len(people)} training subjects, --strict-unpaired "
                          "needs two at least")
     ordered = sorted(people, key=lambda person: (split_value(*person), person))
     first = set(ordered[:len(ordered) // 2])
-    x, y = (spans_of(s for s in training if ((s["dataset"], s["subject"]) in first) == wanted)
-            for wanted in (True, False))
+    return {name: [s for s in training if ((s["dataset"], s["subject"]) in first) == wanted]
+            for name, wanted in (("t1w", True), ("t2w", False))}
+
+
+def _half_spans(store: SliceStore) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of `halves` as `spans_of`."""
+    x, y = map(spans_of, training_sessions(store, strict=True).values())
     return x, y
 
 

@@ -5,13 +5,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from painted_store import write_store
+from painted_store import change_rows, write_store
 
 from data import slices as slices_module
+from data.contrast import intensity_quantiles
 from data.histogram import StandardRows, find_standard
 from data.slices import (UnpairedBatches, halves, numbered, paired_slices, paired_subjects, scatter,
-                         shown, to_tensor)
-from data.store import SliceStore
+                         shown, to_tensor, training_sessions)
+from data.store import SliceStore, rows_of, spans_of
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,25 @@ def test_slices_are_shown_with_the_standard_histogram_of_their_volumes(slices, h
             assert torch.equal(found.half(), wanted)
             assert not torch.equal(found.half(), to_tensor(array[rows]).half())
     assert step == plain.steps_per_epoch - 1
+
+
+def test_strictly_unpaired_halves_are_told_by_contrast_and_no_other_head_is_looked_at(tmp_path):
+    folder = write_store(tmp_path / "slices", {"train": ["01", "02", "03", "04"]})
+    store = SliceStore(folder)
+    both, seen = training_sessions(store), training_sessions(store, strict=True)
+    assert both["t1w"] == both["t2w"] and len(both["t1w"]) == 4
+    assert [rows_of(spans_of(seen[name])).tolist() for name in ("t1w", "t2w")] == [
+        half.tolist() for half in halves(store)]
+    before = find_standard(store, sessions=seen), intensity_quantiles(store, sessions=seen)
+    for name, others in (("t1w", seen["t2w"]), ("t2w", seen["t1w"])):
+        for s in others:  # whose scans of this contrast are in no batch
+            rows = slice(s["first_row"], s["first_row"] + s["n_slices"])
+            change_rows(folder, f"{name}.npy", rows, 0.9)
+    store = SliceStore(folder)
+    after = find_standard(store, sessions=seen), intensity_quantiles(store, sessions=seen)
+    assert before[0].record() == after[0].record() != find_standard(store).record()
+    for name in ("t1w", "t2w"):
+        np.testing.assert_array_equal(before[1][name], after[1][name])
 
 
 def test_what_is_shown_is_a_copy_and_without_a_standard_the_same(slices):

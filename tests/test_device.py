@@ -1,6 +1,8 @@
 """Tests of device.py; what needs several processes is in test_training.py."""
 
 import random
+import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -110,6 +112,21 @@ def test_another_number_of_processes_meets_as_well(connect):
 def test_errors_pass_through_where_this_process_is_the_first():
     with pytest.raises(ValueError, match="mine"), first_speaks():
         raise ValueError("mine")
+
+
+def test_an_error_that_another_process_meets_alone_is_told_after_a_while(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(time, "sleep", waited.append)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as leaving, first_speaks():
+            print("progress", file=sys.stderr)
+            raise ValueError("a.nii.gz: is damaged")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert leaving.value.code == 1 and sum(waited) >= 10
+    assert capsys.readouterr().err == "error: a.nii.gz: is damaged\n"
 
 
 def test_random_numbers_go_on_where_their_state_was_taken():

@@ -26,8 +26,9 @@ import health
 import train
 import validation
 from config import TrainConfig
-from data.histogram import find_standard
-from data.slices import UnpairedBatches
+from data.contrast import intensity_quantiles
+from data.histogram import StandardRows, find_standard
+from data.slices import UnpairedBatches, shown, to_tensor
 from data.store import SliceStore
 from models import checkpoint
 from step import TERMS, WATCHED
@@ -161,12 +162,12 @@ def test_a_terminal_shows_one_line_and_a_log_one_an_interval(slices, tmp_path):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=theirs, stderr=theirs) as p:
         os.close(theirs)
-        shown = b""
+        said = b""
         with contextlib.suppress(OSError):  # Linux says so when the other end is closed
             while block := os.read(ours, 4096):
-                shown += block
+                said += block
         os.close(ours)
-    text = shown.decode()
+    text = said.decode()
     assert p.returncode == 0 and "100%" in text and "D_Y" in text
     assert "pairs/s" not in text and "validation" in text
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -177,6 +178,46 @@ def test_sample_pictures_are_files_that_open(run, tmp_path):
     run("--max-steps", 1)
     picture = Image.open(tmp_path / "run" / "samples" / "epoch_0001.png")
     assert picture.size == (8 * 34 + 2, 4 * 34 + 2)
+
+
+def test_the_nets_are_shown_standard_histograms_in_training(run, slices, monkeypatch):
+    seen, step = [], train.train_step
+
+    def watched(t, real_x, real_y):
+        seen.append((t, real_x.clone(), real_y.clone()))
+        return step(t, real_x, real_y)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    store = SliceStore(slices)
+    for options, contrasts in (((), ["t1w"]), (("--standardise", "none"), []),
+                               (("--standardise", "both"), ["t1w", "t2w"])):
+        seen.clear()
+        run("--max-steps", 2, "--no-flip", "--deform", 0, *options, folder="-".join(options) or "x")
+        standard = StandardRows(store, find_standard(store, contrasts))
+        loader = UnpairedBatches(store, batch_size=1, balanced=True)
+        for number, (t, *real) in enumerate(seen):
+            for rows, array, name, found in zip(loader.rows(0, number), (store.t1w, store.t2w),
+                                                ("t1w", "t2w"), real):
+                wanted = shown(to_tensor(array[rows]).half(), rows, name, standard).float()
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+                assert torch.equal(found, to_tensor(array[rows])) == (name not in contrasts)
+            wanted = intensity_quantiles(store, standard=standard.standard)
+            assert all(np.array_equal(t.quantiles[name].numpy(), wanted[name]) for name in wanted)
+            assert set(t.standard.standard.wanted if t.standard else ()) == set(contrasts)
+    assert number == 1
+
+
+def test_other_contrasts_to_standardise_leave_those_that_the_nets_know(run, tmp_path):
+    def landmarks():
+        return checkpoint.load(tmp_path / "run" / "last.pt")["preprocessing"]["standard"]
+
+    run("--max-steps", 1)
+    known = landmarks()
+    others = write_store(tmp_path / "others", {**SPLITS, "train": ["01", "02", "06"],
+                                               "test": ["03"]})
+    assert run("--max-steps", 2, "--override", "--standardise", "both", store=others).code == 0
+    assert landmarks()["t1w"] == known["t1w"]
+    assert landmarks()["t2w"] == find_standard(SliceStore(others)).record()["t2w"]
 
 
 def test_a_checkpoint_records_the_histograms_that_its_nets_were_shown(run, slices, tmp_path):
@@ -322,6 +363,7 @@ def test_lost_weights_do_not_replace_good_ones(run, tmp_path):
     (["--lambda-cycle", "inf"], "--lambda-cycle"), (["--lambda-cycle", 1, 2, 3], "one or two"),
     (["--betas", 0.5], "--betas (0.5,)"), (["--betas", 0.5, 1], "--betas (0.5, 1.0)"),
     (["--history-size", -1], "--history-size -1"), (["--seed", -1], "--seed -1"),
+    (["--seed", 2 ** 32], "--seed 4294967296: must be below"),
     (["--gan-loss", "l2"], "invalid choice"), (["--device", "gpu"], "--device gpu"),
     (["--precision", "fp16"], "needs a CUDA device"), (["--steps", 5], "--steps"),
 ])

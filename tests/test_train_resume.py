@@ -172,6 +172,18 @@ def test_a_run_can_go_on_in_another_folder(run, tmp_path):
     assert (tmp_path / "new" / "best.pt").exists()
 
 
+def test_best_files_of_another_folder_are_no_bar_and_take_no_place_in_this_one(run, tmp_path):
+    run("--max-steps", 10, folder="old")
+    state = checkpoint.load(tmp_path / "old" / "last.pt", resume=True)
+    state["best"].update(t2w_ssim=0.99)  # as if its first epochs had been the best
+    checkpoint.save(tmp_path / "old" / "last.pt", state)
+    run("--max-steps", 20, "--resume", tmp_path / "old" / "last.pt", folder="new")
+    best = checkpoint.load(tmp_path / "new" / "last.pt", resume=True)["best"]
+    assert best["t2w_ssim"] < 0.99 and sorted(epoch for _, epoch in best["kept"]) == [3, 4]
+    assert len(list((tmp_path / "new").glob("best_*.pt"))) == 2
+    assert checkpoint.load(tmp_path / "new" / "best.pt")["epoch"] == best["epoch"]
+
+
 def test_a_best_pt_cannot_be_resumed(run, tmp_path):
     run("--max-steps", 1)
     outcome = run("--max-steps", 2, "--resume", tmp_path / "run" / "best.pt")

@@ -1,10 +1,12 @@
 """Tests of training.py: averages, augmentation, the schedule, fp16, two processes."""
 
 import copy
+import fcntl
 import hashlib
 import math
 import os
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch.multiprocessing as mp
 from trainings import CONFIG, CPU, NO_GPU, alone, draw_slices, records
 from trainings import slices_fixture  # noqa: F401
 
+import run_folder
 import train
 from data.slices import UnpairedBatches
 from data.store import SliceStore
@@ -175,6 +178,21 @@ def one_of_two(rank, port, slices, out):
         again.check_equal()
     except RuntimeError as error:
         found["unequal"] = str(error)
+    again.step += rank
+    try:
+        train.check_place(again)
+    except ValueError as error:
+        found["elsewhere"] = str(error)
+
+    # a run of before still writes for a second, and all processes wait for it
+    held = os.open(out / "run", os.O_RDONLY) if rank == 0 else None
+    if held is not None:
+        fcntl.flock(held, fcntl.LOCK_EX)
+    process.any(False)
+    if held is not None:
+        threading.Timer(1, lambda: ((out / "written").touch(), os.close(held))).start()
+    with run_folder.only_writer(out / "run", process):
+        found["waited"] = (out / "written").exists()
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -251,6 +269,15 @@ def test_only_the_first_process_writes_and_collectives_reach_all(two_processes):
     assert steps == [4, 8, 12, 16]
     log = (out / "run" / "log.txt").read_text()
     assert log.count("validation") == 2
+
+
+def test_processes_that_begin_at_different_steps_are_refused(two_processes):
+    for found in two_processes[0]:
+        assert "a folder that all machines share" in found["elsewhere"]
+
+
+def test_all_processes_wait_for_a_run_of_before_to_end(two_processes):
+    assert [found["waited"] for found in two_processes[0]] == [True, True]
 
 
 def test_weights_that_differ_between_processes_stop_the_run(two_processes):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from painted_store import change_rows, write_store
 from scipy.stats import wasserstein_distance
 from skimage.metrics import structural_similarity
-from trainings import CONFIG, CPU, alone
+from trainings import CONFIG, CPU, SPLITS, alone
 from trainings import slices_fixture  # noqa: F401
 
 import validation
@@ -93,13 +94,27 @@ def test_validation_shows_the_nets_standard_histograms_and_compares_with_real_on
         people.setdefault(session["subject"], []).append(torch.stack([
             psnr_db((fake + 1) / 2, (to_tensor(real) + 1) / 2, mask),
             mae((again + 1) / 2, (given + 1) / 2, mask)], dim=1))
+        shown_t2w = shown(to_tensor(real), rows, "t2w", standard)
+        with torch.no_grad():
+            back = t.ema.F(shown_t2w)
+        people[session["subject"]][-1] = torch.cat([people[session["subject"]][-1], psnr_db(
+            (back + 1) / 2, (to_tensor(store.t1w[rows]) + 1) / 2, mask)[:, None]], dim=1)
     wanted = torch.stack([torch.cat(found).mean(0) for found in people.values()]).mean(0)
     found = validate(t, store)
+    assert found["t1w_psnr_db"] == pytest.approx(float(wanted[2]), abs=1e-4)
     assert found["t2w_psnr_db"] == pytest.approx(float(wanted[0]), abs=1e-4)
     assert found["t2w_cycle_error"] == pytest.approx(float(wanted[1]), abs=1e-6)
     assert found["t2w_psnr_db"] != pytest.approx(validate(alone(), store)["t2w_psnr_db"], abs=1e-3)
     plain, given = sample_grid(alone(), store), sample_grid(t, store)
     assert plain.shape == given.shape and not torch.equal(plain, given)
+
+
+def test_figures_that_are_not_finite_end_the_run_with_the_files_name(slices, tmp_path):
+    folder = write_store(tmp_path / "slices", SPLITS)
+    change_rows(folder, "t1w.npy", SliceStore(folder).rows("val")[1], np.nan)
+    with pytest.raises(FloatingPointError, match=r"validation of painted 04_T1w.nii.gz, .* at step "
+                                                 r"0: .*t2w_ssim.* not finite; .*these scans"):
+        validate(alone(), SliceStore(folder))
 
 
 def test_validation_figures_that_need_no_pairs(slices):
