@@ -24,7 +24,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -251,8 +251,8 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
         record = Record(header, choice, ledger.made, ledger.skipped)
         if args.shard:
             return _end_shard(args.out, args.shard, record)
-        finish(args.out, record, before)
-    return console.LEFT_OUT if ledger.skipped else console.DONE
+        left_out = finish(args.out, record, before)
+    return console.LEFT_OUT if left_out else console.DONE
 
 
 def merge(out: Path, folders: list[Path]) -> int:
@@ -275,9 +275,9 @@ def merge(out: Path, folders: list[Path]) -> int:
                 *(row for folder in folders for row in store.part_rows(folder).values())]
         refuse_namesakes(out, of_rows(rows, record.recipes))
         shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], record.recipes)
-        finish(out, record, before)
+        left_out = finish(out, record, before)
         shards.forget(out)
-    return console.LEFT_OUT if record.skipped else console.DONE
+    return console.LEFT_OUT if left_out else console.DONE
 
 
 def _method(args: argparse.Namespace) -> str:
@@ -491,18 +491,22 @@ def _doubt(part: store.Part, spacing_mm: float) -> str:
 # ------------------------------------------------------------------------------------ finishing
 
 
-def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]:
+def finish(out: Path, record: Record, before: dict[str, Any] | None) -> dict[str, str]:
     """Assign splits, pack the store if anything is new, draw it, print the closing table.
 
-    Returns the ids in the store. Parts of other runs (another tree, other settings) stay aside. A
-    stored session that is refused now keeps its rows, hours of work perhaps, and that is said.
+    Returns id to reason of what is left out. Parts of other runs (another tree, other settings)
+    stay aside, and so do those of subjects that are there under another name: the next run finds
+    them made. A stored session that is refused now keeps its rows, hours of work perhaps, and that
+    is said.
     """
     settled_rows = store.read_table(out / "subjects.tsv")
     stored = {row["id"] for row in settled_rows}
-    skipped = {name: f"{why}; its rows of before stay" if name in stored else why
-               for name, why in record.skipped.items()}
     fresh = {name: row for name, row in store.part_rows(out).items()
              if record.recipes.get(name) == row["recipe"]}
+    twins = _twins(settled_rows, fresh, record.recipes)
+    skipped = {name: f"{why}; its rows of before stay" if name in stored else why
+               for name, why in {**record.skipped, **twins}.items()}
+    fresh = {name: row for name, row in fresh.items() if name not in twins}
     rows = {row["id"]: row for row in settled_rows} | fresh
     if not rows:
         reason = next(iter(record.skipped.values()), "no subject was found")
@@ -527,7 +531,33 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]
         store.pack(out, header, table, reasons, fresh.keys())
     draw(out, again=False)
     _print_table(out, skipped, said)
-    return set(rows)
+    return skipped
+
+
+def _twins(settled: list[dict[str, str]], fresh: dict[str, dict[str, str]],
+           ours: Collection[str]) -> dict[str, str]:
+    """Sessions of this run whose subject is there under another name: id to reason.
+
+    Splits go by name, so that one person would be in two of them. Who is stored already stays.
+    """
+    people = {_person(row) for row in settled}
+    rows = {row["id"]: row for row in settled} | fresh
+    reasons: dict[Person, tuple[str, str]] = {}
+    for row, first, kind in store.find_twins(sorted(
+            rows.values(), key=lambda row: (_person(row) not in people, *_person(row), row["id"]))):
+        why = (f"same scan as {first['id']} ({kind}); one person under two names would be in two "
+               "splits")
+        reasons.setdefault(_person(row), (row["id"], why))
+    found = {}
+    for name, row in rows.items():
+        whose, why = reasons.get(_person(row), ("", ""))
+        if why and name in ours:
+            found[name] = why if whose == name else f"its session {whose} has the {why}"
+    return found
+
+
+def _person(row: dict[str, str]) -> Person:
+    return row["dataset"], row["subject"]
 
 
 def _differs(out: Path, before: dict[str, Any] | None, header: dict[str, Any],

@@ -46,7 +46,7 @@ def archive(tmp_path_factory):
     for session in ("a", "b"):
         write_pair(root / NAMES[0], "05", session=session, **HEAD)
     for label in ("01", "06", "07"):
-        write_pair(root / NAMES[1], label, **HEAD)
+        write_pair(root / NAMES[1], label, person=60 + int(label), **HEAD)
     for name in NAMES:
         write_pair(root / name, "99", only="T1w", **HEAD)
     for name, doi in zip(NAMES, ("10.18112/openneuro.ds000001.v1.0.0", "")):
