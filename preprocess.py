@@ -409,7 +409,7 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
                 progress.say(name, outcome.reason)
                 if outcome.reason:
                     ledger.skip(name, outcome.reason)
-            arrival.release({name: {"recipe": ledger.recipes[name], "reason": outcome.reason}
+            arrival.release({name: {"recipe": ledger.attempts[name], "reason": outcome.reason}
                              for name, outcome in outcomes.items()
                              if outcome.reason and outcome.is_lasting})
 

@@ -68,8 +68,11 @@ def sha256(path: Path) -> str:
 
 
 def recipe(subject: Subject, method: str, settings: Settings, *,
-           hashes: dict[Path, str] | None = None) -> tuple[str, str, str]:
+           hashes: dict[Path, str] | None = None, limits: bool = False) -> tuple[str, str, str]:
     """Hashes of both files and of all that decides the slices: equal recipe, equal rows.
+
+    The limits of the brain's volume decide whether there are rows, not what is in them: rows bear
+    their own volume, to be held against the limits of whichever day.
 
     Parameters
     ----------
@@ -77,11 +80,14 @@ def recipe(subject: Subject, method: str, settings: Settings, *,
     method : brain extraction, one of `brain.METHODS`, or "hd-bet+tta"
     settings : see there
     hashes : SHA-256 by path of files that are not there any more, or not to be read again
+    limits : of an attempt, that fails by the limits too, and not of rows
     """
     known = hashes or {}
     t1w, t2w = (known.get(path) or sha256(path) for path in (subject.t1w, subject.t2w))
     mask = sha256(brain_mask_path(subject)) if method == "mask" else ""
     decisive = asdict(settings)
+    if not limits:  # in their place what they are as a rule: rows of before are still good
+        decisive["brain_ml"] = brain.ADULT_ML
     if settings.bias_correction == "none":  # parts of before there was a choice are still good
         del decisive["bias_correction"]
     text = json.dumps([PIPELINE, t1w, t2w, mask, method, decisive])

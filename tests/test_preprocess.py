@@ -25,7 +25,7 @@ from data import store
 from data.bids import find_subjects
 from data.brain import nonzero_mask
 from data.store import SliceStore
-from data.subject import Settings, prepare
+from data.subject import Settings, prepare, recipe
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "bids-extracted"
@@ -562,6 +562,35 @@ def test_shards_find_a_person_under_two_names_as_one_run_does(small_tree, tmp_pa
         assert run(folder, small_tree, copy, options=[*EXTRACTED, "--shard", f"{k}/2"]).code == 0
     merged = run_command(preprocess.main, "--merge", *folders, "--out", tmp_path / "merged")
     assert merged.code == 3 and content(tmp_path / "merged") == content(tmp_path / "whole")
+
+
+def test_wider_limits_make_only_those_whom_the_narrow_ones_refused(small_tree, small_store,
+                                                                   tmp_path):
+    out = tmp_path / "out"
+    most = max(float(s["brain_ml"]) for s in SliceStore(small_store).subjects) - 1
+    narrow, wide = ([*EXTRACTED, "--brain-ml", "700", str(ml)] for ml in (most, 2200))
+    assert run(out, small_tree, options=narrow).code == 3
+    refused, = skipped(out)
+    assert "widen with --brain-ml" in skipped(out)[refused]
+    result = run(out, small_tree, options=wide)
+    assert result.code == 0 and result.out.count("  done  ") == 1 and "anew" not in result.out
+    assert len(SliceStore(out).subjects) == 5
+    result = run(out, small_tree, options=narrow)
+    assert result.code == 3 and skipped(out)[refused].endswith("; its rows of before stay")
+
+
+def test_rows_whose_recipe_has_other_limits_are_good_as_long_as_these_are_asked_for(small_tree,
+                                                                                    tmp_path):
+    out, wide = tmp_path / "out", [*EXTRACTED, "--brain-ml", "700", "2200"]
+    assert run(out, small_tree, options=wide).code == 0
+    rows = store.read_table(out / "subjects.tsv")
+    for row, subject in zip(rows, find_subjects(small_tree)[0]):  # as before they were left out
+        row["recipe"] = recipe(subject, "none", Settings(48, 4.0, brain_ml=(700.0, 2200.0)),
+                               limits=True)[2]
+    (out / "subjects.tsv").write_bytes(store.table(store.COLUMNS, rows))
+    before = (out / "subjects.tsv").read_bytes()
+    assert "  done  " not in run(out, small_tree, options=wide).out
+    assert (out / "subjects.tsv").read_bytes() == before
 
 
 def test_a_changed_scan_is_made_anew_and_that_is_said(small_tree, tmp_path):

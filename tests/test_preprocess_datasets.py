@@ -285,7 +285,8 @@ def test_subjects_that_fail_are_not_downloaded_again_by_the_same_settings(server
         assert result.code == 3 and reasons.keys() == {*large, "ds000001_sub-99"}
         assert all("brain mask has" in reasons[name] for name in large)
         assert bool(server.requests(place="s3")) != again
-    assert run(tmp_path, NAMES[0]).code == 3  # other settings: fetched anew
+    result = run(tmp_path, NAMES[0])  # other limits: those who failed are fetched anew
+    assert result.code == 3 and result.out.count("  done  ") == len(large) < len(sizes)
     assert large < {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
 
 
