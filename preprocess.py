@@ -21,6 +21,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -43,6 +44,7 @@ from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
 from data.sources import Arrival, Person, Snapshots, Trees
 from data.subject import Settings, prepare
+from data.volume import NotNow
 from data.workers import Workers
 from report.preprocessing import look_at, preprocessing_page
 
@@ -51,6 +53,7 @@ NETWORKS = ("hd-bet", "hd-bet+tta", "deepbet")
 Source = Trees | Snapshots
 AHEAD = 3  # subjects on disk or on their way beyond those that the workers have
 WORKER_GIB, WORKERS_A_GPU = 3, 4
+NO_MEMORY = "allocate memory|bad_alloc"  # in a RuntimeError of SimpleITK or torch
 TOOLS = ("numpy", "nibabel", "scipy", "SimpleITK", "torch", "HD-BET", "deepbet", "nilearn")
 
 
@@ -467,7 +470,14 @@ def make_parts(task: Task) -> dict[str, Outcome]:
             part = prepare(session, task.method, task.settings, extractor)
         except (ValueError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()).replace(f"{session.root}{os.sep}", "")
-            outcomes[session.id] = Outcome(reason, not isinstance(error, brain.NoMemory))
+            is_lasting = not isinstance(error, (brain.NoMemory, NotNow))
+            outcomes[session.id] = Outcome(reason, is_lasting)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+                raise
+            outcomes[session.id] = Outcome("no memory left to work on this pair; take fewer "
+                                           "--workers", is_lasting=False)
             continue
         note = "; ".join(filter(None, (part.row["note"], _doubt(part, task.settings.spacing_mm))))
         part.row["note"] = note

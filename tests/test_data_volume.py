@@ -1,6 +1,8 @@
 """Geometry and intensities of one volume: every axis, flip and half voxel, and each inverse."""
 
+import errno
 import gzip
+import re
 import struct
 import tracemalloc
 
@@ -199,6 +201,30 @@ def test_a_file_that_is_no_sound_volume_is_refused_with_its_name_and_the_reason(
     with pytest.raises(ValueError, match=message) as caught:
         vol.read_volume(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("error, message", [
+    (MemoryError(), "no memory left to read it"),
+    (OSError(errno.EIO, "Input/output error"), "cannot be read (Input/output error); see to its"),
+], ids=str)
+@pytest.mark.parametrize("after", [0, 1])
+def test_want_of_memory_or_of_a_disk_is_not_a_files_damage(error, message, after, tmp_path,
+                                                           monkeypatch):
+    path, reads = tmp_path / "sub-01_T1w.nii.gz", []
+    path.write_bytes(PACKED)
+    read = gzip.GzipFile.read
+
+    def fail(*arguments):
+        reads.append(arguments)
+        if len(reads) > after:
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(gzip.GzipFile, "read", fail)
+    for reader in (vol.read_volume, vol.read_grid):
+        reads.clear()
+        with pytest.raises(vol.NotNow, match=re.escape(f"{path}: {message}")):
+            reader(path)
 
 
 BOMBS = {

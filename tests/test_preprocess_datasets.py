@@ -24,6 +24,7 @@ from data import store
 from data.openneuro import Archive
 from data.store import SliceStore
 from data.transfer import Patience
+from data.volume import NotNow
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "32", "--spacing", "6"]
@@ -204,16 +205,20 @@ def test_a_newer_scan_that_cannot_be_had_is_tried_again(two_snapshots, tmp_path)
     assert content(tmp_path / "slices") == content(tmp_path / "fresh")
 
 
-def test_want_of_memory_is_not_remembered_as_a_subjects_fault(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [
+    preprocess.brain.NoMemory("no memory left"), NotNow("no memory left"), MemoryError(),
+    RuntimeError("ITK ERROR: Image: Failed to allocate memory for image.")], ids=repr)
+def test_want_of_memory_is_not_remembered_as_a_subjects_fault(error, server, tmp_path, monkeypatch):
     prepare = preprocess.prepare
 
     def crowded(session, *arguments):
         if session.subject == "03":
-            raise preprocess.brain.NoMemory("no memory left")
+            raise error
         return prepare(session, *arguments)
 
     monkeypatch.setattr(preprocess, "prepare", crowded)
-    assert "no memory left" in run(tmp_path).out
+    result = run(tmp_path)
+    assert result.code == 3 and "no memory left" in result.out
     monkeypatch.setattr(preprocess, "prepare", prepare)
     run(tmp_path)
     assert "ds000001_sub-03" in {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
