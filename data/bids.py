@@ -111,15 +111,16 @@ def pair_scans(files: Iterable[Path], where: str, subject: str,
 
     Parameters
     ----------
-    files : all files there
+    files : all that is there
     where : the folder's name below the tree, for the reason
     subject, session : labels that the folder's name has
 
     Returns
     -------
     t1w, t2w : as `find_subjects` describes
-    reason : why they are not both there, "" if they are or if neither is
+    reason : why they are not both there, "" if they are or if nothing looks like one of them
     """
+    files = list(files)
     named = [scan for scan in map(parse_name, files) if scan]
     scans = [scan for scan in named if belongs(scan.path.name, subject, session)]
     strange = [scan.path.name for scan in named
@@ -133,7 +134,20 @@ def pair_scans(files: Iterable[Path], where: str, subject: str,
         elif t1w or t2w:
             has, lacks = ("T1w", "T2w") if t1w else ("T2w", "T1w")
             reason = f"{where}: has a {has} but no {lacks}"
+        elif misnamed := _misnamed(files):
+            reason = f"{where}/{misnamed}: not named by the rules of BIDS; rename it"
     return t1w, t2w, reason
+
+
+def _misnamed(files: list[Path]) -> str:
+    """The first file that seems to be a T1w or T2w but is not named as one; "" if there is none."""
+    for path in files:
+        scan = parse_name(path)
+        if (re.search(r"t[12]w\.nii(\.gz)?$", path.name, re.IGNORECASE)
+                and not path.name.startswith(".") and not path.is_dir()
+                and (scan is None or scan.suffix not in SUFFIXES)):
+            return path.name.encode(errors="replace").decode()  # a table holds no other names
+    return ""
 
 
 def dataset_name(root: Path) -> str:

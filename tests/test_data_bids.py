@@ -1,6 +1,7 @@
 """Which files of a tree are taken: names only, so all files here are empty."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,32 @@ def test_a_scan_without_its_twin_in_the_same_session_is_named_with_the_reason(tm
         "study_sub-02": "sub-02/anat: has a T2w but no T1w",
         "study_sub-03_ses-1": "sub-03/ses-1/anat: has a T1w but no T2w",
         "study_sub-03_ses-2": "sub-03/ses-2/anat: has a T2w but no T1w"}
+
+
+@pytest.mark.parametrize("misnamed", [
+    "sub-08/anat/sub-08_acq-mprage_iso_T1w.nii.gz", "sub-08/anat/sub-08_T1W.nii.gz",
+    "sub-08/anat/t2w.nii", "sub-NDAR-8/anat/sub-NDAR-8_T1w.nii.gz", "sub-08/anat/sub-08_pT1w.nii"])
+def test_a_subject_whose_scans_are_misnamed_is_listed_and_told_to_rename_them(misnamed, tmp_path):
+    root = grow(tmp_path / "study", *BOTH, misnamed)
+    subjects, missing = bids.find_subjects(root)
+    assert [s.id for s in subjects] == ["study_sub-01"]
+    assert missing == {f"study_{Path(misnamed).parts[0]}":
+                       f"{misnamed}: not named by the rules of BIDS; rename it"}
+
+
+def test_misnamed_files_beside_a_pair_and_what_is_no_scan_are_passed_over(tmp_path):
+    root = grow(tmp_path / "study", *BOTH, "sub-01/anat/T1w.nii.gz", "sub-02/anat/._x_T1w.nii.gz",
+                "sub-02/anat/T1w.nii.gz/file", "sub-02/anat/sub-02-T1w.json")
+    assert bids.find_subjects(root)[1] == {}
+    grow(root, "sub-03/anat/sub-03_T1w.nii.gz", "sub-03/anat/sub-03-T1w.nii.gz")
+    assert bids.find_subjects(root)[1] == {"study_sub-03": "sub-03/anat: has a T1w but no T2w"}
+
+
+def test_a_misnamed_file_whose_name_is_no_text_can_be_listed(tmp_path):
+    root = grow(tmp_path / "study", *BOTH)
+    (root / "sub-02" / "anat").mkdir(parents=True)
+    (root / "sub-02" / "anat" / os.fsdecode(b"m\xfcller_T1w.nii.gz")).touch()
+    assert bids.find_subjects(root)[1]["study_sub-02"].encode()
 
 
 @pytest.mark.parametrize("better, worse", [
