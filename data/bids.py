@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,10 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     subjects, missing, seen = [], {}, False
     for anat, subject, session in _anat_folders(root):
         where = anat.relative_to(root).as_posix()
-        t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session)
+        try:
+            t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session)
+        except OSError as error:
+            t1w, t2w, reason = None, None, f"{where}: cannot be read ({error.strerror}); mend that"
         if t1w and t2w:
             subjects.append(Subject(dataset, subject, session, root, t1w, t2w))
         elif reason:
@@ -156,20 +160,33 @@ def dataset_name(root: Path) -> str:
 
 
 def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:
-    """(folder, subject label, session label) of each `anat` folder."""
+    """(folder, subject label, session label) of each `anat` folder, readable or not."""
     found = []
     for subject in sorted(root.glob("sub-*")):
-        if not subject.is_dir():
-            continue
-        try:
-            str(subject).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{str(subject)!a}: the name is not UTF-8; rename it") from None
-        for anat in [subject / "anat", *sorted(subject.glob("ses-*/anat"))]:
-            if anat.is_dir():
-                session = anat.parent.name[4:] if anat.parent != subject else ""
-                found.append((anat, subject.name[4:], session))
+        for folder in [subject, *sorted(subject.glob("ses-*"))]:
+            if _may_be_folder(folder / "anat"):
+                _check_text(folder)
+                session = folder.name[4:] if folder != subject else ""
+                found.append((folder / "anat", subject.name[4:], session))
     return found
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Whether a folder is there, or it is forbidden to look."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
+def _check_text(folder: Path) -> None:
+    """Refuse a name that a table of text cannot hold: the store would, after hours of work."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(folder)!a}: the name is not UTF-8; rename it") from None
 
 
 def belongs(file_name: str, subject: str, session: str) -> bool:
