@@ -19,8 +19,9 @@ from data import brain
 from data.bids import Subject, brain_mask_path
 from data.registration import Registration, make_fixed, register_rigid
 from data.store import Part, digest_rows
-from data.volume import (UPPER_PERCENTILE, Grid, Volume, crop_or_pad, field_of_view, grid_of, place,
-                         read_grid, read_volume, resample, same_grid, slicing_grid, to_slices)
+from data.volume import (UPPER_PERCENTILE, Grid, Volume, crop_or_pad, doubt_geometry, field_of_view,
+                         grid_of, place, read_grid, read_volume, resample, same_grid, slicing_grid,
+                         to_slices)
 
 PIPELINE = 1  # raise when the same files would give other slices
 MIN_COVERAGE = 0.5  # of the brain must lie in T2w's field of view
@@ -122,6 +123,7 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
     ValueError, FileNotFoundError : the subject cannot be used; says which file and why
     """
     t1w_hash, t2w_hash, key = recipe(subject, method, settings)
+    guessed = [doubt_geometry(path) for path in (subject.t1w, subject.t2w)]
     # One scan at a time: a pair at 0.5 mm, copied as it is worked on, would take gigabytes.
     t1w, t2w_grid = read_volume(subject.t1w), read_grid(subject.t2w)
     found = (brain.given_mask(brain_mask_path(subject), t1w) if extractor is None
@@ -136,6 +138,7 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
     placed = (register_rigid(fixed, t2w, seed=settings.seed) if fixed
               else Registration(np.eye(4), "same-grid"))
     figures, (x, y, frame), framing = _cut(laid, t2w, placed, settings)
+    note = "; ".join(filter(None, (*guessed, placed.note)))
     row = {
         "id": subject.id, "dataset": subject.dataset, "subject": subject.subject,
         "session": subject.session, "n_slices": str(len(x)), "brain_ml": f"{brain_ml:.1f}",
@@ -144,7 +147,7 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
         "t1w_sha256": t1w_hash, "t2w_sha256": t2w_hash, "brain_extraction": method,
         "registration": placed.method, "translation_mm": f"{placed.translation_mm:.3f}",
         "rotation_deg": f"{placed.rotation_deg:.3f}", "mi_before": _number(placed.mi_before),
-        "mi_after": _number(placed.mi_after), "note": placed.note, "recipe": key,
+        "mi_after": _number(placed.mi_after), "note": note, "recipe": key,
         "rows_sha256": digest_rows(x, y, np.packbits(frame, axis=-1)), **figures,
     }
     cut = np.zeros((len(x), len(maps), settings.size, settings.size), np.float32)

@@ -238,6 +238,22 @@ def test_slices_run_from_the_first_to_the_last_that_is_large_enough():
     assert slices_kept(mask, 1.0) == slice(3, 4)
 
 
+def test_a_scan_without_orientation_is_taken_with_a_note_and_a_stretched_one_is_refused(tmp_path):
+    anat = write_pair(tmp_path / "t", "01")
+    path = anat / "sub-01_T2w.nii.gz"
+    scan = nib.load(path)
+    affine, scan = scan.affine, nib.Nifti1Image(np.asarray(scan.dataobj), scan.affine)
+    scan.set_sform(affine @ np.diag([1.1, 1.1, 1.1, 1]), 4)
+    scan.set_qform(affine, 1)
+    nib.save(scan, path)
+    with pytest.raises(ValueError, match="4.4 x 4.4 x 5.5 mm by its sform, 4 x 4 x 5 mm by its p"):
+        made(tmp_path / "t")
+    scan.set_sform(None, 0)
+    scan.set_qform(None, 0)
+    nib.save(scan, path)
+    assert made(tmp_path / "t").row["note"].startswith("sub-01_T2w.nii.gz does not say how")
+
+
 def test_limits_of_the_brains_volume_are_of_an_attempts_recipe_and_not_of_the_rows(tmp_path):
     subject = Subject("t", "01", "", tmp_path, tmp_path / "x.nii.gz", tmp_path / "y.nii.gz")
     hashes = {subject.t1w: "x", subject.t2w: "y"}
