@@ -224,6 +224,22 @@ def test_want_of_memory_is_not_remembered_as_a_subjects_fault(error, server, tmp
     assert "ds000001_sub-03" in {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
 
 
+def test_a_person_of_two_datasets_is_stored_once_and_not_fetched_again(archive, tmp_path,
+                                                                       monkeypatch):
+    copy = tmp_path / "archive" / NAMES[1]
+    shutil.copytree(archive / NAMES[0] / "sub-01", copy / "sub-01")
+    (copy / "dataset_description.json").write_text("{}")
+    with OpenNeuro({NAMES[0]: {"1.0.0": archive / NAMES[0]}, NAMES[1]: {"1.0.0": copy}}) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        monkeypatch.setenv("OPENNEURO_S3_URL", running.s3_url)
+        assert "ds000002_sub-01: same scan as ds000001_sub-01 (T1w)" in run(tmp_path).out
+        before = content(tmp_path / "slices")
+        running.log.clear()
+        assert run(tmp_path).code == 3 and content(tmp_path / "slices") == before
+        assert not [r for r in running.requests(place="s3") if "sub-" in r.name]
+    assert "ds000002" not in {s["dataset"] for s in SliceStore(tmp_path / "slices").subjects}
+
+
 def test_two_runs_do_not_share_downloads_that_they_would_delete(server, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "downloads" / NAMES[1]).mkdir(parents=True)
