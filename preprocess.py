@@ -21,10 +21,11 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,6 +44,7 @@ from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
 from data.sources import Arrival, Person, Snapshots, Trees
 from data.subject import Settings, prepare
+from data.volume import NotNow
 from data.workers import Workers
 from report.preprocessing import look_at, preprocessing_page
 
@@ -51,6 +53,7 @@ NETWORKS = ("hd-bet", "hd-bet+tta", "deepbet")
 Source = Trees | Snapshots
 AHEAD = 3  # subjects on disk or on their way beyond those that the workers have
 WORKER_GIB, WORKERS_A_GPU = 3, 4
+NO_MEMORY = "allocate memory|bad_alloc"  # in a RuntimeError of SimpleITK or torch
 TOOLS = ("numpy", "nibabel", "scipy", "SimpleITK", "torch", "HD-BET", "deepbet", "nilearn")
 
 
@@ -251,8 +254,8 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
         record = Record(header, choice, ledger.made, ledger.skipped)
         if args.shard:
             return _end_shard(args.out, args.shard, record)
-        finish(args.out, record, before)
-    return console.LEFT_OUT if ledger.skipped else console.DONE
+        left_out = finish(args.out, record, before)
+    return console.LEFT_OUT if left_out else console.DONE
 
 
 def merge(out: Path, folders: list[Path]) -> int:
@@ -275,9 +278,9 @@ def merge(out: Path, folders: list[Path]) -> int:
                 *(row for folder in folders for row in store.part_rows(folder).values())]
         refuse_namesakes(out, of_rows(rows, record.recipes))
         shards.gather(out, [f for f in folders if f.resolve() != out.resolve()], record.recipes)
-        finish(out, record, before)
+        left_out = finish(out, record, before)
         shards.forget(out)
-    return console.LEFT_OUT if record.skipped else console.DONE
+    return console.LEFT_OUT if left_out else console.DONE
 
 
 def _method(args: argparse.Namespace) -> str:
@@ -409,7 +412,7 @@ def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Set
                 progress.say(name, outcome.reason)
                 if outcome.reason:
                     ledger.skip(name, outcome.reason)
-            arrival.release({name: {"recipe": ledger.recipes[name], "reason": outcome.reason}
+            arrival.release({name: {"recipe": ledger.attempts[name], "reason": outcome.reason}
                              for name, outcome in outcomes.items()
                              if outcome.reason and outcome.is_lasting})
 
@@ -467,7 +470,14 @@ def make_parts(task: Task) -> dict[str, Outcome]:
             part = prepare(session, task.method, task.settings, extractor)
         except (ValueError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()).replace(f"{session.root}{os.sep}", "")
-            outcomes[session.id] = Outcome(reason, not isinstance(error, brain.NoMemory))
+            is_lasting = not isinstance(error, (brain.NoMemory, NotNow))
+            outcomes[session.id] = Outcome(reason, is_lasting)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+                raise
+            outcomes[session.id] = Outcome("no memory left to work on this pair; take fewer "
+                                           "--workers", is_lasting=False)
             continue
         note = "; ".join(filter(None, (part.row["note"], _doubt(part, task.settings.spacing_mm))))
         part.row["note"] = note
@@ -491,18 +501,22 @@ def _doubt(part: store.Part, spacing_mm: float) -> str:
 # ------------------------------------------------------------------------------------ finishing
 
 
-def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]:
+def finish(out: Path, record: Record, before: dict[str, Any] | None) -> dict[str, str]:
     """Assign splits, pack the store if anything is new, draw it, print the closing table.
 
-    Returns the ids in the store. Parts of other runs (another tree, other settings) stay aside. A
-    stored session that is refused now keeps its rows, hours of work perhaps, and that is said.
+    Returns id to reason of what is left out. Parts of other runs (another tree, other settings)
+    stay aside, and so do those of subjects that are there under another name: the next run finds
+    them made. A stored session that is refused now keeps its rows, hours of work perhaps, and that
+    is said.
     """
     settled_rows = store.read_table(out / "subjects.tsv")
     stored = {row["id"] for row in settled_rows}
-    skipped = {name: f"{why}; its rows of before stay" if name in stored else why
-               for name, why in record.skipped.items()}
     fresh = {name: row for name, row in store.part_rows(out).items()
              if record.recipes.get(name) == row["recipe"]}
+    twins = _twins(settled_rows, fresh, record.recipes)
+    skipped = {name: f"{why}; its rows of before stay" if name in stored else why
+               for name, why in {**record.skipped, **twins}.items()}
+    fresh = {name: row for name, row in fresh.items() if name not in twins}
     rows = {row["id"]: row for row in settled_rows} | fresh
     if not rows:
         reason = next(iter(record.skipped.values()), "no subject was found")
@@ -527,7 +541,33 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> set[str]
         store.pack(out, header, table, reasons, fresh.keys())
     draw(out, again=False)
     _print_table(out, skipped, said)
-    return set(rows)
+    return skipped
+
+
+def _twins(settled: list[dict[str, str]], fresh: dict[str, dict[str, str]],
+           ours: Collection[str]) -> dict[str, str]:
+    """Sessions of this run whose subject is there under another name: id to reason.
+
+    Splits go by name, so that one person would be in two of them. Who is stored already stays.
+    """
+    people = {_person(row) for row in settled}
+    rows = {row["id"]: row for row in settled} | fresh
+    reasons: dict[Person, tuple[str, str]] = {}
+    for row, first, kind in store.find_twins(sorted(
+            rows.values(), key=lambda row: (_person(row) not in people, *_person(row), row["id"]))):
+        why = (f"same scan as {first['id']} ({kind}); one person under two names would be in two "
+               "splits")
+        reasons.setdefault(_person(row), (row["id"], why))
+    found = {}
+    for name, row in rows.items():
+        whose, why = reasons.get(_person(row), ("", ""))
+        if why and name in ours:
+            found[name] = why if whose == name else f"its session {whose} has the {why}"
+    return found
+
+
+def _person(row: dict[str, str]) -> Person:
+    return row["dataset"], row["subject"]
 
 
 def _differs(out: Path, before: dict[str, Any] | None, header: dict[str, Any],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,10 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     subjects, missing, seen = [], {}, False
     for anat, subject, session in _anat_folders(root):
         where = anat.relative_to(root).as_posix()
-        t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session)
+        try:
+            t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session)
+        except OSError as error:
+            t1w, t2w, reason = None, None, f"{where}: cannot be read ({error.strerror}); mend that"
         if t1w and t2w:
             subjects.append(Subject(dataset, subject, session, root, t1w, t2w))
         elif reason:
@@ -111,15 +115,16 @@ def pair_scans(files: Iterable[Path], where: str, subject: str,
 
     Parameters
     ----------
-    files : all files there
+    files : all that is there
     where : the folder's name below the tree, for the reason
     subject, session : labels that the folder's name has
 
     Returns
     -------
     t1w, t2w : as `find_subjects` describes
-    reason : why they are not both there, "" if they are or if neither is
+    reason : why they are not both there, "" if they are or if nothing looks like one of them
     """
+    files = list(files)
     named = [scan for scan in map(parse_name, files) if scan]
     scans = [scan for scan in named if belongs(scan.path.name, subject, session)]
     strange = [scan.path.name for scan in named
@@ -133,7 +138,20 @@ def pair_scans(files: Iterable[Path], where: str, subject: str,
         elif t1w or t2w:
             has, lacks = ("T1w", "T2w") if t1w else ("T2w", "T1w")
             reason = f"{where}: has a {has} but no {lacks}"
+        elif misnamed := _misnamed(files):
+            reason = f"{where}/{misnamed}: not named by the rules of BIDS; rename it"
     return t1w, t2w, reason
+
+
+def _misnamed(files: list[Path]) -> str:
+    """The first file that seems to be a T1w or T2w but is not named as one; "" if there is none."""
+    for path in files:
+        scan = parse_name(path)
+        if (re.search(r"t[12]w\.nii(\.gz)?$", path.name, re.IGNORECASE)
+                and not path.name.startswith(".") and not path.is_dir()
+                and (scan is None or scan.suffix not in SUFFIXES)):
+            return path.name.encode(errors="replace").decode()  # a table holds no other names
+    return ""
 
 
 def dataset_name(root: Path) -> str:
@@ -142,20 +160,33 @@ def dataset_name(root: Path) -> str:
 
 
 def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:
-    """(folder, subject label, session label) of each `anat` folder."""
+    """(folder, subject label, session label) of each `anat` folder, readable or not."""
     found = []
     for subject in sorted(root.glob("sub-*")):
-        if not subject.is_dir():
-            continue
-        try:
-            str(subject).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{str(subject)!a}: the name is not UTF-8; rename it") from None
-        for anat in [subject / "anat", *sorted(subject.glob("ses-*/anat"))]:
-            if anat.is_dir():
-                session = anat.parent.name[4:] if anat.parent != subject else ""
-                found.append((anat, subject.name[4:], session))
+        for folder in [subject, *sorted(subject.glob("ses-*"))]:
+            if _may_be_folder(folder / "anat"):
+                _check_text(folder)
+                session = folder.name[4:] if folder != subject else ""
+                found.append((folder / "anat", subject.name[4:], session))
     return found
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Whether a folder is there, or it is forbidden to look."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
+def _check_text(folder: Path) -> None:
+    """Refuse a name that a table of text cannot hold: the store would, after hours of work."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(folder)!a}: the name is not UTF-8; rename it") from None
 
 
 def belongs(file_name: str, subject: str, session: str) -> bool:

@@ -28,12 +28,14 @@ class Ledger:
     Attributes
     ----------
     recipes : id to recipe of all sessions that this run has met
+    attempts : id to recipe with the limits of the brain's volume, by which what fails is known
     skipped : id to reason
     """
 
     def __init__(self, out: Path, method: str, settings: Settings, skipped: dict[str, str]):
         self._method, self._settings = method, settings
         self.recipes: dict[str, str] = {}
+        self.attempts: dict[str, str] = {}
         self.skipped = dict(skipped)
         header = read_header(out)
         sources = {source["dataset"]: source for source in header.get("sources", [])}
@@ -45,12 +47,13 @@ class Ledger:
     def lacks(self, session: Subject, hashes: dict[Path, str]) -> bool:
         """Enter a session; whether its rows are still to be made."""
         try:
-            key = self._key(session, hashes)
+            keys = self._keys(session, hashes)
         except OSError as error:
             self.skip(session.id, str(error))
             return False
-        self.recipes[session.id] = key
-        if self._holds(session.id, key):
+        held = self._held(session.id, keys)
+        self.recipes[session.id], self.attempts[session.id] = held or keys[0], keys[1]
+        if held:
             return False
         if session.id in self._stored:
             log.info("%s: its files or its brain extraction changed, its rows are to be made anew",
@@ -71,12 +74,13 @@ class Ledger:
             return True
         if hashes is None:
             return False
-        keys = {session.id: self._key(session, hashes) for session in sessions}
+        keys = {session.id: self._keys(session, hashes) for session in sessions}
+        held = {name: self._held(name, keys[name]) for name in keys}
         failed = {name: note[name] for name in keys if isinstance(note.get(name), dict)
-                  and note[name].get("recipe") == keys[name]}
-        if not all(name in failed or self._holds(name, key) for name, key in keys.items()):
+                  and note[name].get("recipe") == keys[name][1]}
+        if not all(name in failed or held[name] for name in keys):
             return False
-        self.recipes.update(keys)
+        self.recipes.update({name: held[name] or keys[name][0] for name in keys})
         for name, what in failed.items():
             self.skip(name, str(what.get("reason")))
         return True
@@ -92,19 +96,29 @@ class Ledger:
                 paths = {session.root / row["t1w"]: row["t1w_sha256"],
                          session.root / row["t2w"]: row["t2w_sha256"]}
                 if (row.get("snapshot") == snapshot and paths.keys() == {session.t1w, session.t2w}
-                        and self._key(session, paths) == row["recipe"]):
+                        and row["recipe"] in self._keys(session, paths) and self._believes(row)):
                     keys[session.id] = row["recipe"]
         if len(keys) < len(sessions):
             return False
         self.recipes.update(keys)
         return True
 
-    def _key(self, session: Subject, hashes: dict[Path, str]) -> str:
-        return recipe(session, self._method, self._settings, hashes=hashes)[2]
+    def _keys(self, session: Subject, hashes: dict[Path, str]) -> tuple[str, str]:
+        """Recipes of its rows and of the attempt; the latter was also the rows' in old stores."""
+        rows, attempt = (recipe(session, self._method, self._settings, hashes=hashes,
+                                limits=limits)[2] for limits in (False, True))
+        return rows, attempt
 
-    def _holds(self, name: str, key: str) -> bool:
-        return any(name in rows and rows[name]["recipe"] == key
-                   for rows in (self._stored, self._parts))
+    def _held(self, name: str, keys: tuple[str, str]) -> str:
+        """The recipe of the rows that are there and hold, "" if there are none."""
+        there = [rows[name]["recipe"] for rows in (self._stored, self._parts)
+                 if name in rows and self._believes(rows[name])]
+        return next((key for key in keys if key in there), "")
+
+    def _believes(self, row: dict[str, str]) -> bool:
+        """Whether its brain is within this run's limits, which may not be those of its own run."""
+        low, high = self._settings.brain_ml
+        return low <= float(row["brain_ml"]) <= high
 
     def skip(self, name: str, reason: str) -> None:
         """Leave a session out."""

@@ -10,9 +10,12 @@ Lengths are mm, world axes RAS.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +31,10 @@ from data.anatomy import (Anatomy, TissueMaps, draw_anatomy, load_tissue_maps, r
                           sample, smooth_noise, tissue_fractions, transform, warp, warped_brain)
 from data.sequences import (TISSUES, Sequence, draw_fast_spin_echo, draw_mprage, mix_signals,
                             rician_magnitude)
+from data.transfer import lock
 from data.workers import Workers
 
+log = logging.getLogger("preprocess.simulate")  # the command that shows what this module says
 SIMULATOR = "data/simulate.py"
 VERSION = "1"  # raise it whenever the same seed would give other voxels
 AXES = {
@@ -307,21 +312,42 @@ def simulate_dataset(
             "need at least 1 subject and 1 worker, and a seed that is not negative."
         )
     check_same_simulation(folder, seed)
-    write_dataset_files(folder, seed)
-    missing = [k for k in range(1, n_subjects + 1) if not is_complete(folder, subject_label(k))]
-    if missing:
-        require_nilearn()
-    make = partial(write_subject, folder, seed)
-    bar = tqdm(
-        total=n_subjects, initial=n_subjects - len(missing), desc="simulating", unit="subject",
-        disable=not progress,
-    )
-    with bar, Workers(min(workers, len(missing))) as pool:
-        for number in missing:
-            pool.submit(make, number, lambda _: bar.update())
-        pool.wait()
-    write_participants(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        check_same_simulation(folder, seed)
+        for leftover in folder.rglob(".*.part"):  # of one that was killed
+            leftover.unlink()
+        write_dataset_files(folder, seed)
+        missing = [k for k in range(1, n_subjects + 1) if not is_complete(folder, subject_label(k))]
+        if missing:
+            require_nilearn()
+        make = partial(write_subject, folder, seed)
+        bar = tqdm(
+            total=n_subjects, initial=n_subjects - len(missing), desc="simulating", unit="subject",
+            disable=not progress,
+        )
+        with bar, Workers(min(workers, len(missing))) as pool:
+            for number in missing:
+                pool.submit(make, number, lambda _: bar.update())
+            pool.wait()
+        write_participants(folder)
     return folder
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder while it is written to; waits for another process that does so."""
+    if os.name == "nt":  # opens no folders: the user has to see to it
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not lock(handle):
+            log.info("%s: waiting for another process that simulates there", folder)
+            lock(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def subject_label(number: int) -> str:
@@ -432,9 +458,14 @@ def motion_record(motion: Motion) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: whoever sees the name sees all of it."""
+    """Write a file whole or not at all: whoever sees the name sees all of it.
+
+    A file that has these bytes already is left alone: another process may be reading it.
+    """
+    if path.is_file() and path.read_bytes() == content:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as stream:
         stream.write(content)
         stream.flush()

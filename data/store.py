@@ -430,6 +430,24 @@ def scans_of(session: dict[str, Any]) -> list[str]:
     return [digest[:16] for name in ("t1w_sha256", "t2w_sha256") if (digest := session.get(name))]
 
 
+def find_twins(rows: Iterable[dict[str, Any]],
+               ) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+    """Rows of `subjects.tsv` that share a scan with a row of another subject before them.
+
+    Yields
+    ------
+    row, the first row with that scan, and the scan's kind (T1w or T2w); rows without hashes have
+    no twins
+    """
+    owners: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for kind in ("T1w", "T2w"):
+            if digest := row.get(f"{kind.lower()}_sha256"):
+                first = owners.setdefault(digest, row)
+                if (first["dataset"], first["subject"]) != (row["dataset"], row["subject"]):
+                    yield row, first, kind
+
+
 def read_skipped(folder: Path) -> dict[str, str]:
     """Id to reason from `skipped.tsv`.
 
@@ -654,6 +672,10 @@ def check(folder: Path) -> list[str]:
             problems.append(f"{subject['id']}: in split {subject['split']}, another session of the "
                             f"same subject in {owner[person]}")
         problems += _check_rows(store, subject)
+    problems += [f"{row['id']}: in split {row['split']} with the same scan ({kind}) as "
+                 f"{first['id']} in {first['split']}; {_AGAIN}"
+                 for row, first, kind in find_twins(store.subjects)
+                 if row["split"] != first["split"]]
     ids = [s["id"] for s in store.subjects]
     if ids != sorted(set(ids)):
         problems.append("subjects.tsv: ids are not unique and in order")

@@ -19,8 +19,9 @@ from data import brain
 from data.bids import Subject, brain_mask_path
 from data.registration import Registration, make_fixed, register_rigid
 from data.store import Part, digest_rows
-from data.volume import (UPPER_PERCENTILE, Grid, Volume, crop_or_pad, field_of_view, grid_of, place,
-                         read_grid, read_volume, resample, same_grid, slicing_grid, to_slices)
+from data.volume import (UPPER_PERCENTILE, Grid, Volume, crop_or_pad, doubt_geometry, field_of_view,
+                         grid_of, place, read_grid, read_volume, resample, same_grid, slicing_grid,
+                         to_slices)
 
 PIPELINE = 1  # raise when the same files would give other slices
 MIN_COVERAGE = 0.5  # of the brain must lie in T2w's field of view
@@ -68,8 +69,11 @@ def sha256(path: Path) -> str:
 
 
 def recipe(subject: Subject, method: str, settings: Settings, *,
-           hashes: dict[Path, str] | None = None) -> tuple[str, str, str]:
+           hashes: dict[Path, str] | None = None, limits: bool = False) -> tuple[str, str, str]:
     """Hashes of both files and of all that decides the slices: equal recipe, equal rows.
+
+    The limits of the brain's volume decide whether there are rows, not what is in them: rows bear
+    their own volume, to be held against the limits of whichever day.
 
     Parameters
     ----------
@@ -77,11 +81,14 @@ def recipe(subject: Subject, method: str, settings: Settings, *,
     method : brain extraction, one of `brain.METHODS`, or "hd-bet+tta"
     settings : see there
     hashes : SHA-256 by path of files that are not there any more, or not to be read again
+    limits : of an attempt, that fails by the limits too, and not of rows
     """
     known = hashes or {}
     t1w, t2w = (known.get(path) or sha256(path) for path in (subject.t1w, subject.t2w))
     mask = sha256(brain_mask_path(subject)) if method == "mask" else ""
     decisive = asdict(settings)
+    if not limits:  # in their place what they are as a rule: rows of before are still good
+        decisive["brain_ml"] = brain.ADULT_ML
     if settings.bias_correction == "none":  # parts of before there was a choice are still good
         del decisive["bias_correction"]
     text = json.dumps([PIPELINE, t1w, t2w, mask, method, decisive])
@@ -116,6 +123,7 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
     ValueError, FileNotFoundError : the subject cannot be used; says which file and why
     """
     t1w_hash, t2w_hash, key = recipe(subject, method, settings)
+    guessed = [doubt_geometry(path) for path in (subject.t1w, subject.t2w)]
     # One scan at a time: a pair at 0.5 mm, copied as it is worked on, would take gigabytes.
     t1w, t2w_grid = read_volume(subject.t1w), read_grid(subject.t2w)
     found = (brain.given_mask(brain_mask_path(subject), t1w) if extractor is None
@@ -130,6 +138,7 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
     placed = (register_rigid(fixed, t2w, seed=settings.seed) if fixed
               else Registration(np.eye(4), "same-grid"))
     figures, (x, y, frame), framing = _cut(laid, t2w, placed, settings)
+    note = "; ".join(filter(None, (*guessed, placed.note)))
     row = {
         "id": subject.id, "dataset": subject.dataset, "subject": subject.subject,
         "session": subject.session, "n_slices": str(len(x)), "brain_ml": f"{brain_ml:.1f}",
@@ -138,7 +147,7 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
         "t1w_sha256": t1w_hash, "t2w_sha256": t2w_hash, "brain_extraction": method,
         "registration": placed.method, "translation_mm": f"{placed.translation_mm:.3f}",
         "rotation_deg": f"{placed.rotation_deg:.3f}", "mi_before": _number(placed.mi_before),
-        "mi_after": _number(placed.mi_after), "note": placed.note, "recipe": key,
+        "mi_after": _number(placed.mi_after), "note": note, "recipe": key,
         "rows_sha256": digest_rows(x, y, np.packbits(frame, axis=-1)), **figures,
     }
     cut = np.zeros((len(x), len(maps), settings.size, settings.size), np.float32)

@@ -9,11 +9,13 @@ superior (RAS); world coordinates are RAS mm; intensities are in [-1, 1] with ba
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +41,19 @@ MIN_SLICES = 8  # fewer along an axis is a localiser or a strip, not a head
 MAX_VOXELS = 2 ** 29  # a whole head at 0.25 mm, the finest there is; more is a broken header
 MAX_SPARE = 2 ** 26  # bytes before the voxels (header extensions), or after them
 _MAX_DEFLATE = 1032  # zlib packs no tighter
+MAX_STRETCH = 0.02  # of a voxel: sizes that two programs have rounded differ by less
 UPPER_PERCENTILE = 99.5
 FLAT = 1e-5  # a share of the brightest: what interpolation leaves of one value is below
 RIM = 2  # voxels, as far as an interpolation mixes the brain with its background
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_BROKEN = (EOFError, OSError, MemoryError, zlib.error)  # what reading a damaged file raises
 
 
 # ---------------------------------------------------------------------------------------- reading
+
+
+class NotNow(ValueError):
+    """A scan that could not be read for want of memory or of a disk; another time it may be."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +106,16 @@ def read_volume(path: str | os.PathLike) -> Volume:
     FileNotFoundError : there is no such file
     ValueError : not a NIfTI file, damaged, not 3-D, too few slices, an affine that maps to nothing,
         NaN or infinite voxels, or one value throughout; the message names file and cure
+    NotNow : a ValueError, too: no memory is left, or the disk does not answer
     """
     path = Path(path)
-    with _open(path) as stream:
+    with _reading(path), _open(path) as stream:
         image = _decode(path, stream)
         _check_geometry(path, image)
         _check_claim(path, image, isinstance(stream, gzip.GzipFile))
         data = _voxels(path, image)
         _check_rest(path, stream)
-    return _volume(path, image, data)
+        return _volume(path, image, data)
 
 
 def read_grid(path: str | os.PathLike) -> Grid:
@@ -119,7 +126,7 @@ def read_grid(path: str | os.PathLike) -> Grid:
     FileNotFoundError, ValueError : as `read_volume`, where the header already shows it
     """
     path = Path(path)
-    with _open(path) as stream:
+    with _reading(path), _open(path) as stream:
         image = _decode(path, stream)
         _check_geometry(path, image)
     axes = np.argsort(io_orientation(image.affine)[:, 0])
@@ -127,11 +134,55 @@ def read_grid(path: str | os.PathLike) -> Grid:
     return Grid((i, j, k), _ras_affine(image))
 
 
+def doubt_geometry(path: str | os.PathLike) -> str:
+    """Say what of a file's place in the world is a guess, "" where its header tells all.
+
+    For slices that nets are to learn from. A single volume is read without: whatever is made of it
+    goes back to the same voxels.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : as `read_grid`, and where the header has no voxel size, or an
+        sform that stretches the head
+    """
+    path = Path(path)
+    with _reading(path), _open(path) as stream:
+        start = stream.read(540)
+        stream.seek(0)
+        _check_geometry(path, _decode(path, stream))
+    header = _own_header(_kind(start), start)
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    pixdim = np.abs(header["pixdim"][1:4].astype(float))
+    if sform > 0:
+        rows = np.stack([header[f"srow_{axis}"][:3] for axis in "xyz"]).astype(float)
+        _check_stretch(path, np.linalg.norm(rows, axis=0), pixdim)
+    elif not pixdim.all():
+        raise ValueError(f"{path}: pixdim {_sizes(pixdim)} mm gives no voxel size, and there is no "
+                         "sform; mend its header, or convert the scan again")
+    return "" if sform > 0 or qform > 0 else (
+        f"{path.name} does not say how the head lies (sform and qform codes 0): left and right "
+        "are a guess")
+
+
+def _check_stretch(path: Path, sform_mm: np.ndarray, pixdim_mm: np.ndarray) -> None:
+    known = pixdim_mm > 0
+    if (np.abs(sform_mm - pixdim_mm)[known] > MAX_STRETCH * pixdim_mm[known]).any():
+        raise ValueError(
+            f"{path}: voxels are {_sizes(sform_mm)} mm by its sform, {_sizes(pixdim_mm)} mm by its "
+            "pixdim: stretched to a template, as it seems; set sform_code to 0 if the qform is the "
+            "scanner's, or convert the scan again")
+
+
+def _sizes(spacing_mm: np.ndarray) -> str:
+    return " x ".join(f"{size:.3g}" for size in spacing_mm)
+
+
 def volume_from_image(image: Any, path: str | os.PathLike = "the image") -> Volume:
     """Check a nibabel image and bring it into RAS order; see `read_volume`."""
     path = Path(path)
-    _check_geometry(path, image)
-    return _volume(path, image, _voxels(path, image))
+    with _reading(path):
+        _check_geometry(path, image)
+        return _volume(path, image, _voxels(path, image))
 
 
 def _volume(path: Path, image: Any, data: np.ndarray) -> Volume:
@@ -152,6 +203,23 @@ def _ras_affine(image: Any) -> np.ndarray:
     return image.affine @ nib.orientations.inv_ornt_aff(orientation, image.shape[:3])
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tell a damaged file, which stays so, from want of memory and from a disk that is away."""
+    try:
+        yield
+    except MemoryError:
+        raise NotNow(f"{path}: no memory left to read it; run again with fewer processes beside "
+                     "it") from None
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip and nibabel give none
+            raise NotNow(f"{path}: cannot be read ({error.strerror}); see to its disk, then run "
+                         "again") from None
+        raise _damaged(path, error) from None
+
+
 def _open(path: Path) -> io.BufferedIOBase:
     """The file's content, decompressed as it is read: a file is never believed to be small."""
     if path.is_symlink() and not path.exists():
@@ -169,25 +237,34 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 def _decode(path: Path, stream: io.BufferedIOBase) -> Any:
     """A NIfTI-1 or NIfTI-2 image of a file's decompressed bytes; its voxels are yet to be read."""
-    try:
-        start = stream.read(540)
-    except _BROKEN as error:
-        raise _damaged(path, error) from None
-    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
-    kind = nib.Nifti1Image if 348 in sizes else nib.Nifti2Image if 540 in sizes else None
+    start = stream.read(540)
+    kind = _kind(start)
     if kind is None:
         text = "".join(c for c in start[:24].decode("ascii", "ignore") if c.isprintable())
         what = f"it starts with '{text}'" if start else "an empty file"
         raise ValueError(f"{path}: not a NIfTI file ({what}); fetch or convert the file again")
     try:
-        header = kind.header_class(start[:max(sizes & {348, 540})], check=False)
+        header = _own_header(kind, start)
         if not 0 <= header["vox_offset"] <= MAX_SPARE:
             raise ValueError(f"voxels would start at byte {header['vox_offset']:.0f}")
         return kind.from_file_map({"image": FileHolder(fileobj=stream)}, mmap=False)
     except Exception as error:  # nibabel raises a dozen kinds for broken headers
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise
         raise ValueError(
             f"{path}: NIfTI header cannot be read ({error}); fetch or convert the file again"
         ) from None
+
+
+def _kind(start: bytes) -> Any:
+    """The kind of image whose header a file starts with, None if it is none."""
+    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
+    return nib.Nifti1Image if 348 in sizes else nib.Nifti2Image if 540 in sizes else None
+
+
+def _own_header(kind: Any, start: bytes) -> Any:
+    """The header as it is in the file, before nibabel mends what it can."""
+    return kind.header_class(start[:kind.header_class.sizeof_hdr], check=False)
 
 
 def _check_claim(path: Path, image: Any, packed: bool) -> None:
@@ -200,14 +277,11 @@ def _check_claim(path: Path, image: Any, packed: bool) -> None:
 def _check_rest(path: Path, stream: io.BufferedIOBase) -> None:
     """Read a compressed file to its end, where its CRC is; keep nothing of it."""
     spare = 0
-    try:
-        while isinstance(stream, gzip.GzipFile) and (block := stream.read(1 << 20)):
-            spare += len(block)
-            if spare > MAX_SPARE:
-                raise ValueError(f"{path}: goes on for more than {MAX_SPARE >> 20} MiB after the "
-                                 "voxels that its header tells of; fetch or convert the file again")
-    except _BROKEN as error:
-        raise _damaged(path, error) from None
+    while isinstance(stream, gzip.GzipFile) and (block := stream.read(1 << 20)):
+        spare += len(block)
+        if spare > MAX_SPARE:
+            raise ValueError(f"{path}: goes on for more than {MAX_SPARE >> 20} MiB after the "
+                             "voxels that its header tells of; fetch or convert the file again")
 
 
 def _check_geometry(path: Path, image: Any) -> None:
@@ -244,7 +318,7 @@ def _voxels(path: Path, image: Any) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold is said by _volume
             data = np.asarray(image.dataobj, dtype=np.float32)
-    except (*_BROKEN, ValueError) as error:
+    except ValueError as error:
         raise _damaged(path, error) from None
     return data.reshape(data.shape[:3])
 

@@ -1,6 +1,9 @@
 """Which files of a tree are taken: names only, so all files here are empty."""
 
+import contextlib
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,65 @@ def test_a_scan_without_its_twin_in_the_same_session_is_named_with_the_reason(tm
         "study_sub-02": "sub-02/anat: has a T2w but no T1w",
         "study_sub-03_ses-1": "sub-03/ses-1/anat: has a T1w but no T2w",
         "study_sub-03_ses-2": "sub-03/ses-2/anat: has a T2w but no T1w"}
+
+
+@pytest.mark.parametrize("misnamed", [
+    "sub-08/anat/sub-08_acq-mprage_iso_T1w.nii.gz", "sub-08/anat/sub-08_T1W.nii.gz",
+    "sub-08/anat/t2w.nii", "sub-NDAR-8/anat/sub-NDAR-8_T1w.nii.gz", "sub-08/anat/sub-08_pT1w.nii"])
+def test_a_subject_whose_scans_are_misnamed_is_listed_and_told_to_rename_them(misnamed, tmp_path):
+    root = grow(tmp_path / "study", *BOTH, misnamed)
+    subjects, missing = bids.find_subjects(root)
+    assert [s.id for s in subjects] == ["study_sub-01"]
+    assert missing == {f"study_{Path(misnamed).parts[0]}":
+                       f"{misnamed}: not named by the rules of BIDS; rename it"}
+
+
+def test_misnamed_files_beside_a_pair_and_what_is_no_scan_are_passed_over(tmp_path):
+    root = grow(tmp_path / "study", *BOTH, "sub-01/anat/T1w.nii.gz", "sub-02/anat/._x_T1w.nii.gz",
+                "sub-02/anat/T1w.nii.gz/file", "sub-02/anat/sub-02-T1w.json")
+    assert bids.find_subjects(root)[1] == {}
+    grow(root, "sub-03/anat/sub-03_T1w.nii.gz", "sub-03/anat/sub-03-T1w.nii.gz")
+    assert bids.find_subjects(root)[1] == {"study_sub-03": "sub-03/anat: has a T1w but no T2w"}
+
+
+def test_a_misnamed_file_whose_name_is_no_text_can_be_listed(tmp_path):
+    root = grow(tmp_path / "study", *BOTH)
+    (root / "sub-02" / "anat").mkdir(parents=True)
+    (root / "sub-02" / "anat" / os.fsdecode(b"m\xfcller_T1w.nii.gz")).touch()
+    assert bids.find_subjects(root)[1]["study_sub-02"].encode()
+
+
+@contextlib.contextmanager
+def forbidden(folder):
+    """Nobody may look into a folder, not even root."""
+    user = os.geteuid()
+    folder.chmod(0)
+    try:
+        os.seteuid(user or 65534)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other permissions")
+@pytest.mark.parametrize("folder", ["sub-02/ses-a/anat", "sub-02/ses-a"])
+def test_a_folder_that_may_not_be_read_costs_its_session_only(folder):
+    with tempfile.TemporaryDirectory() as parent:  # tmp_path is closed to other users
+        os.chmod(parent, 0o755)
+        root = grow(Path(parent, "study"), *BOTH, "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz")
+        with forbidden(root / folder):
+            subjects, missing = bids.find_subjects(root)
+    assert [s.id for s in subjects] == ["study_sub-01"]
+    assert missing == {"study_sub-02_ses-a":
+                       "sub-02/ses-a/anat: cannot be read (Permission denied); mend that"}
+
+
+@pytest.mark.parametrize("folder", [b"sub-m\xfcller/anat", b"sub-02/ses-m\xfcller/anat"])
+def test_a_folder_whose_name_is_no_text_is_refused_before_any_work(folder, tmp_path):
+    root = grow(tmp_path / "study", *BOTH, f"{os.fsdecode(folder)}/sub-02_T1w.nii.gz")
+    with pytest.raises(ValueError, match="fcller.*: the name is not UTF-8; rename it"):
+        bids.find_subjects(root)
 
 
 @pytest.mark.parametrize("better, worse", [

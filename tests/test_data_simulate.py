@@ -219,7 +219,7 @@ def test_killed_midway_one_process_goes_on_to_the_bytes_two_workers_made(tree, t
     )
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    assert list(folder.rglob("*WM_probseg.nii.gz.part")) and list(folder.rglob("*_mask.nii.gz"))
+    assert list(folder.rglob("*WM_probseg.nii.gz.*.part")) and list(folder.rglob("*_mask.nii.gz"))
     simulate.simulate_dataset(folder, 1, progress=False)
     expected = {n: b for n, b in content(tree).items() if LABELS[1] not in n}
     expected["participants.tsv"] = f"participant_id\n{LABELS[0]}\n".encode()
@@ -234,6 +234,31 @@ def test_only_the_subject_with_a_missing_file_is_made_again(tree):
     made = kept.stat().st_mtime_ns
     simulate.simulate_dataset(tree, 2, progress=False)
     assert content(tree) == before and kept.stat().st_mtime_ns == made
+
+
+def test_two_runs_at_once_share_a_folder_and_the_second_makes_nothing_anew(tree, tmp_path):
+    folder = tmp_path / "shared"
+    program = ("import logging\n"
+               "from data import simulate\n"
+               "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+               "make = simulate.simulate_subject\n"
+               "def make_and_say(*which):\n"
+               "    print('made')\n"
+               "    return make(*which)\n"
+               "simulate.simulate_subject = make_and_say\n"
+               f"simulate.simulate_dataset(simulate.Path({str(folder)!r}), 1, progress=False)")
+    both = [python(program) for _ in range(2)]
+    said = "".join(process.communicate(timeout=240)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0] and said.count("made") == 1
+    expected = {n: b for n, b in content(tree).items() if LABELS[1] not in n}
+    expected["participants.tsv"] = f"participant_id\n{LABELS[0]}\n".encode()
+    assert content(folder) == expected
+
+
+def test_a_complete_tree_is_not_written_to(tree):
+    before = {path: path.stat().st_mtime_ns for path in tree.rglob("*")}
+    simulate.simulate_dataset(tree, 2, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in tree.rglob("*")} == before
 
 
 def test_asking_for_fewer_subjects_leaves_the_others(tree):

@@ -25,6 +25,7 @@ def part(name, n=3, session="", seed=None):
                 for _ in range(2))
     row = {c: "0" for c in COLUMNS if c not in ("split", "first_row")}
     row.update(id=subject_id("ds", name, session), dataset="ds", subject=name, session=session,
+               t1w_sha256=f"t1w-{name}-{session}", t2w_sha256=f"t2w-{name}-{session}",
                n_slices=str(n), note="", recipe=f"recipe-{name}-{seed}",
                rows_sha256=store.digest_rows(t1w, t2w, np.packbits(mask, axis=-1)))
     return Part(t1w, t2w, mask, row)
@@ -520,3 +521,15 @@ def test_quotes_in_a_reason_do_not_join_the_lines_of_a_table(tmp_path):
     rows = [{"id": "a", "reason": '"unfinished'}, {"id": "b", "reason": 'it says "no"'}]
     (tmp_path / "t.tsv").write_bytes(store.table(("id", "reason"), rows))
     assert store.read_table(tmp_path / "t.tsv") == rows
+
+
+def test_check_finds_one_scan_under_two_names_in_two_splits(tmp_path):
+    twins = [part(name) for name in ("01", "02", "03", "04", "05", "06")]
+    for one, other in ((0, 1), (0, 3)):  # train and val; both train
+        twins[other].row["t2w_sha256"] = twins[one].row["t2w_sha256"]
+    for unknown in (4, 5):  # val and test
+        twins[unknown].row["t1w_sha256"] = ""
+    build(tmp_path, twins)
+    problem, = store.check(tmp_path)
+    assert problem.startswith("ds_sub-02: in split val with the same scan (T2w) as ds_sub-01 in "
+                              "train; ")

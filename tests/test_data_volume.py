@@ -1,6 +1,8 @@
 """Geometry and intensities of one volume: every axis, flip and half voxel, and each inverse."""
 
+import errno
 import gzip
+import re
 import struct
 import tracemalloc
 
@@ -199,6 +201,66 @@ def test_a_file_that_is_no_sound_volume_is_refused_with_its_name_and_the_reason(
     with pytest.raises(ValueError, match=message) as caught:
         vol.read_volume(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("error, message", [
+    (MemoryError(), "no memory left to read it"),
+    (OSError(errno.EIO, "Input/output error"), "cannot be read (Input/output error); see to its"),
+], ids=str)
+@pytest.mark.parametrize("after", [0, 1])
+def test_want_of_memory_or_of_a_disk_is_not_a_files_damage(error, message, after, tmp_path,
+                                                           monkeypatch):
+    path, reads = tmp_path / "sub-01_T1w.nii.gz", []
+    path.write_bytes(PACKED)
+    read = gzip.GzipFile.read
+
+    def fail(*arguments):
+        reads.append(arguments)
+        if len(reads) > after:
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(gzip.GzipFile, "read", fail)
+    for reader in (vol.read_volume, vol.read_grid):
+        reads.clear()
+        with pytest.raises(vol.NotNow, match=re.escape(f"{path}: {message}")):
+            reader(path)
+
+
+def with_pixdim(made, *sizes):
+    """Its bytes with other voxel sizes in pixdim; nibabel itself would write what agrees."""
+    return raw_with(80, struct.pack("<3f", *sizes), made)
+
+
+@pytest.mark.parametrize("content", [
+    with_forms(1, 1).to_bytes(), with_forms(0, 1).to_bytes(), with_forms(4, 0).to_bytes(),
+    big_endian().to_bytes(), big_endian(nib.Nifti2Image).to_bytes(),
+    with_pixdim(with_forms(1, 0), 1.01, 1.29, 2.1),  # rounded by another program
+    with_pixdim(with_forms(1, 0), 0, 0, 0)])
+def test_a_geometry_that_its_header_tells_is_in_no_doubt(content, tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content))
+    assert vol.doubt_geometry(tmp_path / "a.nii.gz") == ""
+
+
+def test_an_orientation_that_no_header_tells_is_called_a_guess(tmp_path):
+    with_forms(0, 0).to_filename(tmp_path / "a.nii.gz")
+    assert "a.nii.gz does not say how the head lies" in vol.doubt_geometry(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("content, message", [
+    (with_pixdim(with_forms(0, 1), 0, 1.3, 2.1), "pixdim 0 x 1.3 x 2.1 mm gives no voxel size"),
+    (with_pixdim(with_forms(0, 0), 1, 1.3, 0), "pixdim 1 x 1.3 x 0 mm gives no voxel size"),
+    (with_pixdim(with_forms(2, 1), 1, 1.2, 2.1),
+     "voxels are 1 x 1.3 x 2.1 mm by its sform, 1 x 1.2 x 2.1 mm by its pixdim"),
+    (b"text", "not a NIfTI file")])
+def test_a_voxel_size_that_is_not_told_or_told_twice_is_refused_where_slices_are_made(
+        content, message, tmp_path):
+    path = tmp_path / "sub-01_T1w.nii"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        vol.doubt_geometry(path)
+    if content != b"text":
+        vol.read_volume(path)  # for translate.py, which writes to the same voxels
 
 
 BOMBS = {

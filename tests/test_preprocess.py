@@ -25,7 +25,7 @@ from data import store
 from data.bids import find_subjects
 from data.brain import nonzero_mask
 from data.store import SliceStore
-from data.subject import Settings, prepare
+from data.subject import Settings, prepare, recipe
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "bids-extracted"
@@ -448,7 +448,7 @@ def test_hd_bet_without_weights_is_refused_before_any_work(small_tree, tmp_path)
 
 def test_check_prints_slices_a_session_by_dataset(small_tree, tmp_path):
     other = tmp_path / "others"
-    write_pair(other, "01", shape=(38, 48, 33), spacing=(4, 4, 4))
+    write_pair(other, "01", shape=(38, 48, 33), spacing=(4, 4, 4), person=6)
     assert run(tmp_path / "out", small_tree, other).code == 0
     lines = run_command(preprocess.main, "--check", "--out", tmp_path / "out").out.splitlines()
     n = np.array([s["n_slices"] for s in SliceStore(tmp_path / "out").subjects
@@ -524,6 +524,75 @@ def test_a_second_tree_and_more_subjects_never_move_old_ones(small_tree, tmp_pat
     assert store.check(out) == []
 
 
+def test_a_person_under_two_names_is_stored_once_and_so_in_one_split(small_tree, tmp_path):
+    out, copy = tmp_path / "out", tmp_path / "heads-copy"
+    for label in ("02", "03"):
+        shutil.copytree(small_tree / f"sub-{label}", copy / f"sub-{label}")
+    write_pair(copy, "03", session="b", person=7)
+    write_pair(copy, "09")
+    assert run(out, copy, small_tree).code == 3
+    before = content(out)
+    again = run(out, copy, small_tree)
+    assert again.code == 3 and "  done  " not in again.out and content(out) == before
+    assert {s["id"] for s in SliceStore(out).subjects} == {
+        "heads-copy_sub-09", *(f"heads_sub-0{k}" for k in range(1, 6))}
+    reasons = skipped(out)
+    assert reasons["heads-copy_sub-02"] == ("same scan as heads_sub-02 (T1w); one person under two "
+                                            "names would be in two splits")
+    assert reasons["heads-copy_sub-03_ses-b"].startswith(
+        "its session heads-copy_sub-03 has the same scan as heads_sub-03")
+    assert len(reasons) == 3 and store.check(out) == []
+
+
+def test_of_a_person_under_two_names_the_one_that_is_stored_stays(small_tree, tmp_path):
+    out, copy = tmp_path / "out", tmp_path / "zz"
+    shutil.copytree(small_tree / "sub-02", copy / "sub-02")
+    assert run(out, copy).code == 0
+    assert run(out, small_tree).code == 3
+    assert list(skipped(out)) == ["heads_sub-02"]
+    assert "zz_sub-02" in {s["id"] for s in SliceStore(out).subjects} and store.check(out) == []
+
+
+def test_shards_find_a_person_under_two_names_as_one_run_does(small_tree, tmp_path):
+    copy = tmp_path / "heads-copy"
+    shutil.copytree(small_tree / "sub-02", copy / "sub-02")
+    assert run(tmp_path / "whole", small_tree, copy).code == 3
+    folders = [tmp_path / f"shard{k}" for k in (1, 2)]
+    for k, folder in enumerate(folders, 1):
+        assert run(folder, small_tree, copy, options=[*EXTRACTED, "--shard", f"{k}/2"]).code == 0
+    merged = run_command(preprocess.main, "--merge", *folders, "--out", tmp_path / "merged")
+    assert merged.code == 3 and content(tmp_path / "merged") == content(tmp_path / "whole")
+
+
+def test_wider_limits_make_only_those_whom_the_narrow_ones_refused(small_tree, small_store,
+                                                                   tmp_path):
+    out = tmp_path / "out"
+    most = max(float(s["brain_ml"]) for s in SliceStore(small_store).subjects) - 1
+    narrow, wide = ([*EXTRACTED, "--brain-ml", "700", str(ml)] for ml in (most, 2200))
+    assert run(out, small_tree, options=narrow).code == 3
+    refused, = skipped(out)
+    assert "widen with --brain-ml" in skipped(out)[refused]
+    result = run(out, small_tree, options=wide)
+    assert result.code == 0 and result.out.count("  done  ") == 1 and "anew" not in result.out
+    assert len(SliceStore(out).subjects) == 5
+    result = run(out, small_tree, options=narrow)
+    assert result.code == 3 and skipped(out)[refused].endswith("; its rows of before stay")
+
+
+def test_rows_whose_recipe_has_other_limits_are_good_as_long_as_these_are_asked_for(small_tree,
+                                                                                    tmp_path):
+    out, wide = tmp_path / "out", [*EXTRACTED, "--brain-ml", "700", "2200"]
+    assert run(out, small_tree, options=wide).code == 0
+    rows = store.read_table(out / "subjects.tsv")
+    for row, subject in zip(rows, find_subjects(small_tree)[0]):  # as before they were left out
+        row["recipe"] = recipe(subject, "none", Settings(48, 4.0, brain_ml=(700.0, 2200.0)),
+                               limits=True)[2]
+    (out / "subjects.tsv").write_bytes(store.table(store.COLUMNS, rows))
+    before = (out / "subjects.tsv").read_bytes()
+    assert "  done  " not in run(out, small_tree, options=wide).out
+    assert (out / "subjects.tsv").read_bytes() == before
+
+
 def test_a_changed_scan_is_made_anew_and_that_is_said(small_tree, tmp_path):
     shutil.copytree(small_tree, tmp_path / "heads")
     assert run(tmp_path / "out", tmp_path / "heads").code == 0
@@ -581,7 +650,7 @@ def test_a_tree_that_moved_grew_and_was_corrected_is_still_itself(tmp_path):
     moved = tmp_path / "archive" / "rawdata"
     shutil.copytree(site_a, moved)
     write_pair(moved, "01", person=7)  # both scans
-    write_pair(moved, "02", person=7, only="T2w")
+    write_pair(moved, "02", person=8, only="T2w")
     write_pair(moved, "03")
     result = run(tmp_path / "out", moved)
     assert result.code == 0 and result.out.count("made anew") == 2
@@ -605,7 +674,7 @@ def test_a_stored_subject_whose_scan_is_damaged_later_keeps_its_rows(small_tree,
 
 def test_parts_of_other_settings_or_of_another_tree_do_not_get_in(small_tree, tmp_path):
     out = tmp_path / "out"
-    write_pair(tmp_path / "strangers", "01")
+    write_pair(tmp_path / "strangers", "01", person=6)
     for root, size in ((small_tree, 64), (tmp_path / "strangers", 48)):
         for subject in find_subjects(root)[0]:
             store.write_part(out, prepare(subject, "none", Settings(size, 4.0), nonzero_mask))

@@ -24,6 +24,7 @@ from data import store
 from data.openneuro import Archive
 from data.store import SliceStore
 from data.transfer import Patience
+from data.volume import NotNow
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "32", "--spacing", "6"]
@@ -46,7 +47,7 @@ def archive(tmp_path_factory):
     for session in ("a", "b"):
         write_pair(root / NAMES[0], "05", session=session, **HEAD)
     for label in ("01", "06", "07"):
-        write_pair(root / NAMES[1], label, **HEAD)
+        write_pair(root / NAMES[1], label, person=60 + int(label), **HEAD)
     for name in NAMES:
         write_pair(root / name, "99", only="T1w", **HEAD)
     for name, doi in zip(NAMES, ("10.18112/openneuro.ds000001.v1.0.0", "")):
@@ -204,19 +205,39 @@ def test_a_newer_scan_that_cannot_be_had_is_tried_again(two_snapshots, tmp_path)
     assert content(tmp_path / "slices") == content(tmp_path / "fresh")
 
 
-def test_want_of_memory_is_not_remembered_as_a_subjects_fault(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [
+    preprocess.brain.NoMemory("no memory left"), NotNow("no memory left"), MemoryError(),
+    RuntimeError("ITK ERROR: Image: Failed to allocate memory for image.")], ids=repr)
+def test_want_of_memory_is_not_remembered_as_a_subjects_fault(error, server, tmp_path, monkeypatch):
     prepare = preprocess.prepare
 
     def crowded(session, *arguments):
         if session.subject == "03":
-            raise preprocess.brain.NoMemory("no memory left")
+            raise error
         return prepare(session, *arguments)
 
     monkeypatch.setattr(preprocess, "prepare", crowded)
-    assert "no memory left" in run(tmp_path).out
+    result = run(tmp_path)
+    assert result.code == 3 and "no memory left" in result.out
     monkeypatch.setattr(preprocess, "prepare", prepare)
     run(tmp_path)
     assert "ds000001_sub-03" in {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
+
+
+def test_a_person_of_two_datasets_is_stored_once_and_not_fetched_again(archive, tmp_path,
+                                                                       monkeypatch):
+    copy = tmp_path / "archive" / NAMES[1]
+    shutil.copytree(archive / NAMES[0] / "sub-01", copy / "sub-01")
+    (copy / "dataset_description.json").write_text("{}")
+    with OpenNeuro({NAMES[0]: {"1.0.0": archive / NAMES[0]}, NAMES[1]: {"1.0.0": copy}}) as running:
+        monkeypatch.setenv("OPENNEURO_API_URL", running.api_url)
+        monkeypatch.setenv("OPENNEURO_S3_URL", running.s3_url)
+        assert "ds000002_sub-01: same scan as ds000001_sub-01 (T1w)" in run(tmp_path).out
+        before = content(tmp_path / "slices")
+        running.log.clear()
+        assert run(tmp_path).code == 3 and content(tmp_path / "slices") == before
+        assert not [r for r in running.requests(place="s3") if "sub-" in r.name]
+    assert "ds000002" not in {s["dataset"] for s in SliceStore(tmp_path / "slices").subjects}
 
 
 def test_two_runs_do_not_share_downloads_that_they_would_delete(server, tmp_path):
@@ -285,7 +306,8 @@ def test_subjects_that_fail_are_not_downloaded_again_by_the_same_settings(server
         assert result.code == 3 and reasons.keys() == {*large, "ds000001_sub-99"}
         assert all("brain mask has" in reasons[name] for name in large)
         assert bool(server.requests(place="s3")) != again
-    assert run(tmp_path, NAMES[0]).code == 3  # other settings: fetched anew
+    result = run(tmp_path, NAMES[0])  # other limits: those who failed are fetched anew
+    assert result.code == 3 and result.out.count("  done  ") == len(large) < len(sizes)
     assert large < {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
 
 
