@@ -38,7 +38,8 @@ from data import bids, brain
 from data.bias import bias_correction_of
 from data.histogram import Standard, StandardRows
 from data.slices import paired_slices, paired_subjects
-from data.store import SPLITS, SliceStore, read_skipped, scans_of, write_atomically
+from data.store import (SPLITS, SliceStore, read_skipped, read_table, scans_of,
+                        write_atomically)
 from data.tissues import find_lesions, find_tissues, lesion_slices, tissue_slices
 from device import PRECISIONS, Process, autocast, choose_precision, first_speaks, start_process
 from measuring import (CEILING, DIRECTIONS, METHODS, METRICS, MODEL, PROTOCOLS, TABLE, Method,
@@ -71,7 +72,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--split", choices=SPLITS, help="whose subjects are measured (default: test)")
     data.add_argument("--bids", type=Path, nargs="+", metavar="DIR",
                       help="measure on all subjects of these BIDS trees instead, prepared as the "
-                           "first checkpoint recorded (into slices/ in --out)")
+                           "first checkpoint recorded (into slices/ in --out; slices-NAME/ "
+                           "where that has another tree's)")
     data.add_argument("--brain-extraction", choices=brain.METHODS,
                       help="for --bids (default: as in the checkpoint's training data, where that "
                            "was one method)")
@@ -150,7 +152,7 @@ def prepare_store(args: argparse.Namespace, state: dict[str, Any], process: Proc
     ------
     ValueError : it cannot be said how, preprocess.py refuses, or torchrun runs before it has run
     """
-    folder, record = args.out / "slices", state["preprocessing"]
+    folder, record = folder_of_trees(args.out, args.bids), state["preprocessing"]
     if process.world > 1:
         if not (folder / "store.json").exists():
             raise ValueError(f"{folder}: is not there yet; run this once without torchrun")
@@ -176,6 +178,19 @@ def prepare_store(args: argparse.Namespace, state: dict[str, Any], process: Proc
     return SliceStore(folder)
 
 
+def folder_of_trees(out: Path, trees: Sequence[Path]) -> Path:
+    """Where the slices of these trees are, or go: `slices/`, unless it has those of others.
+
+    A store has nobody twice, so one that has a head under another tree's name would lack it here.
+    """
+    names = {bids.dataset_name(tree) for tree in trees}
+    folder = out / "slices"
+    table = folder / "subjects.tsv"
+    if not table.exists() or {row["dataset"] for row in read_table(table)} <= names:
+        return folder
+    return out / f"slices-{'-'.join(sorted(names))[:100]}"
+
+
 def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
                     args: argparse.Namespace) -> list[dict[str, Any]]:
     """The split's sessions, if the checkpoints can and may be measured on them.
@@ -187,7 +202,7 @@ def choose_sessions(store: SliceStore, states: Sequence[dict[str, Any]],
     """
     split = args.split  # new scans are measured as a test is
     sessions = paired_subjects(store, split)
-    if args.bids:  # slices/ may hold those of an earlier --bids, too, of trees named alike
+    if args.bids:  # slices/ may hold those of an earlier --bids, too, of a tree named alike
         there = {found.id for root in args.bids for found in bids.find_subjects(root)[0]}
         refused = read_skipped(store.folder)
         sessions = [s for s in store.subjects if s["id"] in there and s["id"] not in refused]

@@ -814,6 +814,7 @@ def test_new_scans_go_through_the_checkpoints_own_pipeline(
     assert outcome.code == 0, outcome.err
     found = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert found["subjects"] == ["newer_sub-04"]
+    assert "slices-newer" in found["slices"]  # a head is in a store but once, and these are alike
     # of a tree of the same name what is there is measured, not what was there before
     shutil.rmtree(root / "sub-06")
     shutil.copytree(small_tree / "sub-04", root / "sub-04")
