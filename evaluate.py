@@ -104,6 +104,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                      help="arithmetic of the nets")
     run.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     args = p.parse_args(argv)
+    check_args(args)
+    args.split = args.split or "test"
+    args.out = args.out or args.ckpt[0].parent / "evaluation"
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is a file; name a folder")
+    if (args.out / "store.json").exists():
+        raise ValueError(f"--out {args.out}: is a slice store, with a report of its own; name "
+                         "another folder")
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse options that cannot work, alone or together."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
     if args.seed < 0:
@@ -115,14 +128,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{option.replace('_', '-')}: goes with --bids; a store has its own")
     if args.split and args.bids:
         raise ValueError(f"--split {args.split}: goes with --slices; of --bids all are measured")
-    args.split = args.split or "test"
-    args.out = args.out or args.ckpt[0].parent / "evaluation"
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out}: is a file; name a folder")
-    if (args.out / "store.json").exists():
-        raise ValueError(f"--out {args.out}: is a slice store, with a report of its own; name "
-                         "another folder")
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -345,6 +350,15 @@ class Evaluation:
                                                                      "intensity"))
         return store if alike and len(store.rows("train")) else None
 
+    def shown_otherwise(self, ckpts: Sequence[str]) -> set[str]:
+        """Checkpoints whose nets are shown other histograms than the first's; a note says so."""
+        first, *_ = standards = [state["preprocessing"].get("standard") for state in self.states]
+        found = {name for name, standard in zip(ckpts, standards) if standard != first}
+        if found:
+            self.notes.append("cycle error not compared: the checkpoints' nets are shown different "
+                              "histograms (--standardise), and it is measured in these")
+        return found
+
     def measure(self, sessions: Sequence[dict[str, Any]]) -> list[Measured]:
         """Measure sessions, shared out among the processes; all of them on rank 0, in order."""
         rank, world = self.process.rank, self.process.world
@@ -417,12 +431,7 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     per_subject = over_slices(records)
     ckpts, state = [str(path) for path in args.ckpt], work.states[0]
     checks = contrast_checks(records, ckpts[0])
-    unlike = {name for name, other in zip(ckpts, work.states)
-              if standard_of(other) != standard_of(state)}
-    if unlike:
-        work.notes.append("cycle error not compared: the checkpoints' nets are shown different "
-                          "histograms (--standardise), and it is measured in these")
-    compared = comparisons(per_subject, ckpts, args.seed, unlike)
+    compared = comparisons(per_subject, ckpts, args.seed, work.shown_otherwise(ckpts))
     lesions = sorted((r for m in measured for r in m.lesions),
                      key=lambda r: (r["direction"], r["id"]))
     of_lesions = lesion_summary(lesions, ckpts[0], args.seed)
@@ -473,11 +482,6 @@ def write_results(args: argparse.Namespace, work: Evaluation, sessions: Sequence
     write_atomically(args.out / "report.html", page.encode())
     print_tables(summary, table(summary, PROTOCOLS, main), rows)
     log.info("report: %s", args.out / "report.html")
-
-
-def standard_of(state: dict[str, Any]) -> dict[str, Any]:
-    """What histograms a checkpoint's nets are shown, as plain numbers."""
-    return state["preprocessing"].get("standard") or {}
 
 
 def csv_tables(records: list[Record], per_subject: list[Record], lesions: list[Record],

@@ -132,6 +132,18 @@ def digest(nets):
     return content.hexdigest()
 
 
+def waits_for_a_run_of_before(process, out):
+    """Whether what a run that holds the folder writes within a second is there for this process."""
+    if process.is_main:
+        held = os.open(out / "run", os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+    process.any(False)
+    if process.is_main:
+        threading.Timer(1, lambda: ((out / "written").touch(), os.close(held))).start()
+    with run_folder.only_writer(out / "run", process):
+        return (out / "written").exists()
+
+
 def one_of_two(rank, port, slices, out):
     """What each of two gloo processes does; its findings go into a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
@@ -184,15 +196,7 @@ def one_of_two(rank, port, slices, out):
     except ValueError as error:
         found["elsewhere"] = str(error)
 
-    # a run of before still writes for a second, and all processes wait for it
-    held = os.open(out / "run", os.O_RDONLY) if rank == 0 else None
-    if held is not None:
-        fcntl.flock(held, fcntl.LOCK_EX)
-    process.any(False)
-    if held is not None:
-        threading.Timer(1, lambda: ((out / "written").touch(), os.close(held))).start()
-    with run_folder.only_writer(out / "run", process):
-        found["waited"] = (out / "written").exists()
+    found["waited"] = waits_for_a_run_of_before(process, out)
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -229,13 +233,18 @@ def test_no_slice_is_seen_by_both_processes_in_an_epoch(two_processes):
         assert len(set(np.concatenate(seen))) == 18  # and all of them once
 
 
-def test_two_processes_gradient_is_that_of_one_with_the_double_batch(two_processes, slices):
-    (first, second), _ = two_processes
-    store = SliceStore(slices)
+def one_with_the_double_batch(store):
+    """A training after a step with what the two processes saw in their first."""
     batches = [next(UnpairedBatches(store, batch_size=1, rank=r, world=2).batches(0))
                for r in (0, 1)]
     t = alone(replace(CONFIG, history_size=0))
     train_step(t, *(torch.cat(pair) for pair in zip(*batches)))
+    return t
+
+
+def test_two_processes_gradient_is_that_of_one_with_the_double_batch(two_processes, slices):
+    (first, second), _ = two_processes
+    t = one_with_the_double_batch(SliceStore(slices))
     for name, p in t.nets.named_parameters():
         torch.testing.assert_close(first["gradients"][name], p.grad, atol=1e-5, rtol=1e-4)
         assert torch.equal(first["gradients"][name], second["gradients"][name])
@@ -252,10 +261,7 @@ def test_each_process_keeps_histories_of_its_own_and_the_checkpoint_all_of_them(
 def test_validation_does_not_depend_on_how_many_processes_share_it(two_processes, slices):
     (first, second), _ = two_processes
     store = SliceStore(slices)
-    batches = [next(UnpairedBatches(store, batch_size=1, rank=r, world=2).batches(0))
-               for r in (0, 1)]
-    t = alone(replace(CONFIG, history_size=0))
-    train_step(t, *(torch.cat(pair) for pair in zip(*batches)))
+    t = one_with_the_double_batch(store)
     assert first["figures"] == pytest.approx(validate(t, store), abs=1e-3)
     assert len(first["figures"]) == 12 and second["figures"] == {}
 
