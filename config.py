@@ -108,7 +108,8 @@ HELP = {
     "model": {
         "features": "channels after the first layer of each net",
         "blocks": "residual blocks of a generator (0: 9 above 128 pixels, else 6)",
-        "upsample": "transposed convolution (the paper) or nearest neighbour, then convolution",
+        "upsample": "transposed convolution then a blur against checkerboards, the convolution "
+                    "alone (the paper), or nearest neighbour then convolution",
         "keep_background": "G and F give background where their input has it, and nowhere else",
     },
     "loss": {

@@ -22,7 +22,7 @@ class CycleGAN(nn.Module):
     ----------
     features : channels after the first layer of each net; 64 in the paper.
     blocks : residual blocks of each generator.
-    upsample : "transpose" (the paper) or "nearest".
+    upsample : "blur", "transpose" (the paper) or "nearest", see `models.generator.u`.
     keep_background : of the generators, see there.
     """
 

@@ -9,7 +9,7 @@ from torch.nn import functional as nnf
 
 from models import one_channel
 
-UPSAMPLING = ("transpose", "nearest")
+UPSAMPLING = ("blur", "transpose", "nearest")
 DARKEST = -1 + 1e-3  # of a translated brain, where the background is kept at exactly -1
 
 
@@ -110,18 +110,35 @@ class R(nn.Module):
         return features + self.body(features)
 
 
+class Blur(nn.Module):
+    """Binomial filter, [1 2 1] / 4 each way: nothing of 2 pixels' period passes. No weights."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Blur each channel of (N, C, H, W), the edge repeated; same shape and dtype."""
+        k = features.shape[1]
+        # Made here, of kernels alone: nets are built without memory, and recorded as CUDA graphs.
+        row = 0.5 - (torch.arange(3, device=features.device) - 1).abs().to(features.dtype) / 4
+        weight = (row[:, None] * row).expand(k, 1, 3, 3)
+        # As a convolution: on CPU cores average pooling in bfloat16 takes several times as long.
+        return nnf.conv2d(nnf.pad(features, (1, 1, 1, 1), mode="replicate"), weight, groups=k)
+
+
 def u(channels: int, k: int, upsample: str) -> nn.Sequential:
     """Build uk: double height and width, norm, ReLU.
 
-    "transpose" is the paper's fractionally strided 3x3 convolution. "nearest" (repeat pixels, then
-    a 3x3 convolution) has as many parameters and no checkerboard (Odena et al. 2016).
+    "transpose" is the paper's fractionally strided 3x3 convolution, whose outputs get one, two or
+    four of its weights in turns: a checkerboard (Odena et al. 2016). "blur" is that and a binomial
+    filter, which takes it away. "nearest" repeats pixels, then convolves. All have as many
+    parameters.
     """
     widen: list[nn.Module]
-    if upsample == "transpose":
-        widen = [nn.ConvTranspose2d(channels, k, 3, stride=2, padding=1, output_padding=1)]
-    else:
+    if upsample == "nearest":
         widen = [nn.Upsample(scale_factor=2, mode="nearest"),
                  nn.Conv2d(channels, k, 3, padding=1, padding_mode="reflect")]
+    else:
+        widen = [nn.ConvTranspose2d(channels, k, 3, stride=2, padding=1, output_padding=1)]
+    if upsample == "blur":
+        widen.append(Blur())
     return nn.Sequential(*widen, InstanceNorm(), nn.ReLU(inplace=True))
 
 
@@ -135,14 +152,14 @@ class ResnetGenerator(nn.Module):
     ----------
     features : channels after the first layer; 64 in the paper.
     blocks : number of residual blocks, see `default_blocks`.
-    upsample : "transpose" (the paper) or "nearest", see `u`.
+    upsample : "blur", "transpose" (the paper) or "nearest", see `u`.
     keep_background : give background (exactly -1) where the input has it, and nowhere else. Not in
         the paper; the nets then need not learn where a head ends (benchmarks/RECIPES.md).
 
     Raises
     ------
     ValueError
-        If `upsample` is neither, or `features` or `blocks` is below 1.
+        If `upsample` is none of these, or `features` or `blocks` is below 1.
     """
 
     def __init__(self, features: int = 64, blocks: int = 6, upsample: str = "transpose",

@@ -9,7 +9,7 @@ from losses.adversarial import generator_loss
 from losses.consistency import cycle_loss
 from models.cyclegan import EMA, CycleGAN, init_weights, unwrap
 from models.discriminator import PatchDiscriminator
-from models.generator import ResnetGenerator
+from models.generator import UPSAMPLING, ResnetGenerator
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_two_optimisers_share_out_all_parameters(nets):
     assert {id(p) for p in nets.D_Y.parameters()} <= {id(p) for p in discriminators}
 
 
-@pytest.mark.parametrize("upsample", ["transpose", "nearest"])
+@pytest.mark.parametrize("upsample", UPSAMPLING)
 def test_weights_are_drawn_from_a_normal_of_deviation_0_02_and_biases_are_zero(upsample):
     nets = CycleGAN(features=16, blocks=2, upsample=upsample)
     init_weights(nets, torch.Generator().manual_seed(0))

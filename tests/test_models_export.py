@@ -12,7 +12,7 @@ from models.generator import ResnetGenerator
 
 
 @pytest.fixture(scope="module", params=[("transpose", False), ("nearest", False),
-                                        ("transpose", True)])
+                                        ("transpose", True), ("blur", True)])
 def net(request):
     torch.manual_seed(0)
     return ResnetGenerator(4, 1, *request.param).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from models.cyclegan import init_weights
-from models.generator import InstanceNorm, R, ResnetGenerator, default_blocks
+from models.generator import UPSAMPLING, InstanceNorm, R, ResnetGenerator, default_blocks, u
 
 
 def small_generator(upsample: str = "transpose") -> nn.Module:
@@ -24,7 +24,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("upsample", ["transpose", "nearest"])
+@pytest.mark.parametrize("upsample", UPSAMPLING)
 @pytest.mark.parametrize("blocks, parameters", [(6, 7_825_153), (9, 11_365_633)])
 def test_the_generator_has_the_papers_number_of_parameters(blocks, parameters, upsample):
     net = ResnetGenerator(features=64, blocks=blocks, upsample=upsample)
@@ -50,13 +50,38 @@ def test_six_blocks_up_to_128_pixels_and_nine_above(size, blocks):
     assert default_blocks(size) == blocks
 
 
-@pytest.mark.parametrize("upsample", ["transpose", "nearest"])
+@pytest.mark.parametrize("upsample", UPSAMPLING)
 @pytest.mark.parametrize("height, width", [(8, 8), (32, 48), (36, 20)])
 def test_the_output_has_the_inputs_shape_and_lies_between_minus_one_and_one(
         height, width, upsample):
     out = small_generator(upsample)(random_slices(2, 1, height, width))
     assert out.shape == (2, 1, height, width)
     assert out.abs().max() <= 1
+
+
+def test_the_blur_is_the_binomial_filter_with_the_edge_repeated():
+    up = u(3, 5, "blur")
+    convolution, blur, norm = up[0], up[1], up[2:]
+    features = random_slices(2, 3, 8, 12)
+    rough = convolution(features)
+    row = torch.tensor([0.25, 0.5, 0.25])
+    weight = (row[:, None] * row).expand(5, 1, 3, 3)
+    smooth = nnf.conv2d(nnf.pad(rough, (1, 1, 1, 1), mode="replicate"), weight, groups=5)
+    torch.testing.assert_close(blur(rough), smooth)
+    torch.testing.assert_close(up(features), norm(smooth))
+
+
+@pytest.mark.parametrize("upsample, found", [("blur", False), ("nearest", False),
+                                             ("transpose", True)])
+def test_flat_features_come_out_with_a_checkerboard_from_the_transposed_convolution_alone(
+        upsample, found):
+    flat = torch.full((1, 3, 16, 16), 0.7)
+    with torch.no_grad():
+        inner = u(3, 4, upsample)[:-2](flat)[..., 4:-4, 4:-4]
+    size = inner.shape[-1]
+    spectrum = torch.fft.fft2(inner - inner.mean((2, 3), keepdim=True)).abs() / size ** 2
+    finest = torch.cat([spectrum[..., size // 2, :].flatten(), spectrum[..., size // 2].flatten()])
+    assert (float(finest.max()) > 0.01) == found and (found or float(finest.max()) < 1e-6)
 
 
 @pytest.mark.parametrize("height, width", [(30, 32), (32, 34), (4, 32), (32, 4)])
@@ -73,7 +98,7 @@ def test_wrong_ranks_and_channels_are_refused():
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ValueError, match="bicubic.*transpose, nearest"):
+    with pytest.raises(ValueError, match="bicubic.*blur, transpose, nearest"):
         ResnetGenerator(upsample="bicubic")
     with pytest.raises(ValueError, match="blocks"):
         ResnetGenerator(blocks=0)
@@ -163,7 +188,7 @@ def test_instance_norm_keeps_float32_statistics_under_bfloat16_autocast():
     assert (found - wanted).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("upsample", ["transpose", "nearest"])
+@pytest.mark.parametrize("upsample", UPSAMPLING)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_agree_with_a_float64_copy(batch, layout, upsample):
