@@ -11,6 +11,7 @@ they decided something: OpenNeuroOrg/openneuro#N.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from data import bids
 from data.transfer import (ArchiveError, File, Line, Patience, Refused, Retry, Unreachable,
-                           is_passing, retry_after)
+                           is_passing, retry_after, steady)
 
 API_URL = "https://openneuro.org/crn/graphql"
 S3_URL = "https://s3.amazonaws.com/openneuro.org"
@@ -452,9 +453,11 @@ class Archive:
                                 connect=self.line.patience.connect_s)
 
         def attempt() -> dict[str, Any]:
-            return _read_answer(self.line.client.post(
-                self.api_url, json={"query": query, "variables": variables}, timeout=timeout),
-                complete)
+            with self.line.client.stream(
+                    "POST", self.api_url, json={"query": query, "variables": variables},
+                    timeout=timeout) as response:
+                body = steady(response.iter_bytes(), self.line.patience.silence_s)
+                return _read_answer(response, b"".join(body), complete)
 
         try:
             return self.line.persist(attempt)
@@ -477,13 +480,13 @@ def _endpoint(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _read_answer(response: httpx.Response,
+def _read_answer(response: httpx.Response, body: bytes,
                  complete: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Tell the API's data from its errors, and those that pass from those that stay."""
     if is_passing(response.status_code):
         raise Retry(f"HTTP {response.status_code}", retry_after(response))
     try:
-        answer = response.json()
+        answer = json.loads(body)
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):

@@ -16,7 +16,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -214,6 +214,19 @@ class Line:
                     return
                 request = response.next_request
         raise Refused("redirected more than 5 times")
+
+
+def steady(chunks: Iterable[bytes], silence_s: float) -> Iterator[bytes]:
+    """The pieces of a body; `Retry` where one drips, as `Patience` has it."""
+    since, came = time.monotonic(), 0
+    for chunk in chunks:
+        yield chunk
+        came += len(chunk)
+        seconds = time.monotonic() - since
+        if seconds > silence_s:
+            if came < _SLOWEST * seconds:
+                raise Retry(f"under {_SLOWEST} bytes a second")
+            since, came = time.monotonic(), 0
 
 
 def _why(error: Exception) -> str:
@@ -656,18 +669,12 @@ class Transfer:
                             "etag": etag if etag.startswith('"') else ""})  # not a weak one
 
     def _copy(self, response: httpx.Response) -> None:
-        """Write the body to the file; give up on a connection that drips."""
-        since, before = time.monotonic(), self._part.size
-        for chunk in response.iter_raw():
+        """Write the body to the file."""
+        for chunk in steady(response.iter_raw(), self._line.patience.silence_s):
             if self._line.stop.is_set():
                 raise Stopped
             self._part.append(chunk)
             self._count(len(chunk), 0)
-            seconds = time.monotonic() - since
-            if seconds > self._line.patience.silence_s:
-                if self._part.size - before < _SLOWEST * seconds:
-                    raise Retry(f"under {_SLOWEST} bytes a second")
-                since, before = time.monotonic(), self._part.size
 
     def _expect(self, size: int) -> None:
         self._count(0, size - self._expected)

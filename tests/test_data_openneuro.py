@@ -231,6 +231,7 @@ def test_a_spec_that_is_none_is_refused(spec):
 
 @pytest.mark.parametrize("fault", [
     Fault(status=503), Fault(status=429, headers={"Retry-After": "0"}), Fault(cut=10),
+    Fault(drip=0.01),
     Fault(body=b"<html>504 Gateway Time-out</html>"), Fault(body=b"[]"),
     # as the server answers when one of its workers does not (OpenNeuro #3726, #3695)
     Fault(body=b'{"errors": [{"message": "fetch failed"}], "data": {"snapshot": {"a0": null}}}'),
