@@ -58,7 +58,8 @@ def deform(slices: Tensor, draws: torch.Generator, strength: float = 1.0) -> Ten
     grid = grid + bent.permute(0, 2, 3, 1)
     # zero is background for the interpolation, so that what comes from outside is background
     signal = (slices.float() + 1) / 2
-    brain = (~(slices <= -1)).float()  # a NaN is none, and stays
+    signal = torch.where(signal.isfinite(), signal, math.nan)  # else an infinite one would be 1
+    brain = (~(signal <= 0)).float()  # a NaN is none, and stays
     moved, inside = nnf.grid_sample(torch.cat([signal, brain], 1), grid,
                                     align_corners=False).chunk(2, 1)
     return torch.where(inside > 0.5, moved.clamp(0, 1) * 2 - 1, -1.0)

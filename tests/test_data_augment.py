@@ -90,7 +90,8 @@ def test_deform_moves_all_channels_of_a_slice_alike():
     assert torch.equal(first, second)
 
 
-def test_a_nan_is_not_lost_so_that_training_can_name_its_slice():
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_lost_so_that_training_can_name_its_slice(broken):
     slices = blobs(1).clone()
-    slices[0, 0, 30:34, 30:34] = float("nan")
+    slices[0, 0, 30:34, 30:34] = broken
     assert deform(slices, seeded()).isnan().any()
