@@ -307,7 +307,9 @@ class Evaluation:
 
     def _translators(self, kind: str, state: dict[str, Any], ckpt: str = "") -> Method:
         device = self.process.device
-        nets = checkpoint.load_generators(state, device)
+        with checkpoint.said_of(ckpt or "the ceiling's checkpoint"):
+            nets = checkpoint.load_generators(state, device)
+            standard = Standard.of_record(state["preprocessing"])
 
         def translator(net: torch.nn.Module) -> Translate:
             def translate(real: Tensor) -> Tensor:
@@ -315,7 +317,6 @@ class Evaluation:
                     return net(real.to(device)).float()
             return translate
 
-        standard = Standard.of_record(state["preprocessing"])
         return Method(kind, {d: translator(net) for d, net in zip(DIRECTIONS, nets)}, ckpt,
                       StandardRows(self.store, standard) if standard else None)
 

@@ -238,7 +238,9 @@ def export_nets(args: argparse.Namespace) -> int:
     from models import checkpoint, export
 
     state = checkpoint.load(args.ckpt)
-    record, nets = state["preprocessing"], dict(zip(DIRECTIONS, checkpoint.load_generators(state)))
+    with checkpoint.said_of(args.ckpt):
+        nets = dict(zip(DIRECTIONS, checkpoint.load_generators(state)))
+    record = state["preprocessing"]
     if args.export == "onnx":
         export.require_onnx()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -128,13 +128,14 @@ class Translator:
 
         state = checkpoint.load(ckpt)
         self.record: dict[str, Any] = state["preprocessing"]
-        self.standard = Standard.of_record(self.record)
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         # Weights in half precision give what autocast gives, to the bit, and on CPUs a fifth
         # sooner: autocast takes each reflection padding to float32 and back. As there the net is
         # given float32: in bfloat16 the darkest brain is -1, too, and taken for background.
-        nets = checkpoint.load_generators(state, self.device)
+        with checkpoint.said_of(ckpt):
+            self.standard = Standard.of_record(self.record)
+            nets = checkpoint.load_generators(state, self.device)
         for net in nets:
             net.to(self.precision).encode.register_forward_pre_hook(
                 lambda _, slices: (slices[0].to(self.precision),))

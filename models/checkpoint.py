@@ -7,10 +7,12 @@ A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,15 @@ def load(path: str | os.PathLike, *, resume: bool = False) -> dict[str, Any]:
         cure = "resume from last.pt" if resume else "train again"
         raise ValueError(f"{path}: checkpoint lacks {', '.join(lacking)}; {cure}")
     return state
+
+
+@contextlib.contextmanager
+def said_of(path: str | os.PathLike) -> Iterator[None]:
+    """Put the file's name before what is said of a checkpoint's content (ValueError)."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_generators(state: dict[str, Any],

@@ -922,11 +922,15 @@ def test_a_checkpoint_or_store_that_is_none_is_one_error(ckpt, store, tmp_path):
     torch.save({**state, "format": {"name": checkpoint.FORMAT, "version": 2}}, tmp_path / "new.pt")
     state["ema"]["G"]["to_slice.bias"] += float("nan")
     torch.save(state, tmp_path / "nan.pt")
+    state["ema"]["G"]["to_slice.bias"].zero_()
+    state["preprocessing"]["standard"] = {"percentiles": [1, 50, 99]}
+    torch.save(state, tmp_path / "old.pt")
     for path, slices, said in (
             (tmp_path / "none.pt", store.folder, "no such checkpoint"),
             (tmp_path / "text.pt", store.folder, "not a checkpoint"),
             (tmp_path / "new.pt", store.folder, "version 2, this program reads"),
-            (tmp_path / "nan.pt", store.folder, "weights of G are not finite"),
+            (tmp_path / "nan.pt", store.folder, "nan.pt: checkpoint's weights of G are not finite"),
+            (tmp_path / "old.pt", store.folder, "old.pt: checkpoint's histograms"),
             (ckpt, tmp_path, "no slice store there"),
             (ckpt, tmp_path / "none", "no slice store there")):
         outcome = evaluated(path, slices, tmp_path / "e")
