@@ -83,6 +83,26 @@ def test_the_record_of_a_store_holds_its_training_subjects_only(small_store):
     assert found["slice_spacing_mm"] == [5.0, 5.0]
 
 
+def test_a_training_subject_without_a_brain_has_no_part_in_the_record(tmp_path):
+    folder = write_store(tmp_path / "slices", {"train": ["01", "02", "03"]})
+    before = contrast.training_figures(SliceStore(folder))
+    mask = np.load(folder / "mask.npy", mmap_mode="r+")
+    first = SliceStore(folder).subjects[0]
+    mask[first["first_row"]:first["first_row"] + first["n_slices"]] = 0
+    mask.flush()
+    store = SliceStore(folder)
+    found = contrast.training_figures(store)
+    each = [np.percentile((store.t1w[rows].astype(np.float32)[store.mask(rows)] + 1) / 2,
+                          contrast.PERCENTILES)
+            for rows in (slice(s["first_row"], s["first_row"] + s["n_slices"])
+                         for s in store.subjects[1:])]
+    np.testing.assert_allclose(found["t1w"]["mean"], np.mean(each, axis=0), atol=1e-3)
+    assert found["t1w"]["mean"] != before["t1w"]["mean"]
+    mask[:] = 0
+    mask.flush()
+    assert not {"t1w", "t2w"} & set(contrast.training_figures(SliceStore(folder)))
+
+
 def test_what_is_far_from_training_is_said_with_both_figures(small_store):
     record = contrast.training_figures(SliceStore(small_store))
     usual = contrast.Figures(tuple(record["t1w"]["mean"]), -0.5, -0.2)
