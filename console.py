@@ -13,6 +13,11 @@ import sys
 from collections.abc import Callable
 
 DONE, FAILED, WRONG_INPUT, LEFT_OUT = 0, 1, 2, 3
+_CURES: dict[type[OSError], str] = {
+    PermissionError: "give yourself the right to, or name another place",
+    FileExistsError: "move away what is there, or name another place",
+    NotADirectoryError: "a file is where a folder should be: name another place",
+    IsADirectoryError: "a folder is where a file should be: move it away, or name another place"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -38,8 +43,9 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def run(main: Callable[[list[str] | None], int]) -> int:
     """Call a command's `main`, turn what it raises into one line on stderr and an exit code.
 
-    ValueError and FileNotFoundError are the user's input (2), other operating system errors such as
-    a full disk and interruptions are 1. Anything else is a fault of ours and keeps its traceback.
+    ValueError, FileNotFoundError and places that cannot be used are the user's input (2), other
+    operating system errors such as a full disk and interruptions are 1. Anything else is a fault of
+    ours and keeps its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     for command in ("preprocess", "train", "evaluate", "translate"):  # not every library's chatter
@@ -51,18 +57,26 @@ def run(main: Callable[[list[str] | None], int]) -> int:
     try:
         return main(None)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_text(error)}", file=sys.stderr)
         return WRONG_INPUT
     except BrokenPipeError:
         return FAILED
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return FAILED
+        print(f"error: {_text(error)}", file=sys.stderr)
+        return WRONG_INPUT if isinstance(error, tuple(_CURES)) and error.filename else FAILED
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return FAILED
     finally:
         _flush()
+
+
+def _text(error: Exception) -> str:
+    """One line: of the system's own errors what is wrong where, and what helps."""
+    cure = next((text for kind, text in _CURES.items() if isinstance(error, kind)), "")
+    if cure and isinstance(error, OSError) and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; {cure}"
+    return " ".join(str(error).split())
 
 
 def _flush() -> None:

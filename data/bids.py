@@ -282,7 +282,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} where it is missing or something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -86,7 +86,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is none, or something else in its place."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -45,9 +45,9 @@ log = logging.getLogger("preprocess.openneuro")  # the command that shows what t
 class Manifest:
     """`manifest.json`: which files are whole and where from, and which subjects are done with.
 
-    `tag` is the snapshot. `files` maps a name to url, size, md5, sha256, id, tag, time and
-    mtime_ns; `subjects` maps a label to the time, the caller's note and the same of the files that
-    were used and deleted. Processes may share it.
+    `tag` is the snapshot. `files` maps a name to url, size, md5, sha256, id, tag, time, mtime_ns
+    and, of files that a run was to keep, kept; `subjects` maps a label to the time, the caller's
+    note and the same of the files that were used and deleted. Processes may share it.
     """
 
     def __init__(self, root: Path, tag: str):
@@ -462,9 +462,14 @@ class Download:
                         name, why)
 
     def _ours(self, subject: SubjectFiles) -> list[File]:
-        """A subject's files that we have fetched: others' are not ours to delete."""
-        return [file for file in subject.files if self._manifest.file(file.name).get("url")
-                or part_paths(self.root / file.name)[1].exists()]
+        """A subject's files that we may delete: fetched by us, and by no run that was to keep them.
+        """
+        def ours(name: str) -> bool:
+            entry = self._manifest.file(name)
+            return not entry.get("kept") and (bool(entry.get("url")) or
+                                              part_paths(self.root / name)[1].exists())
+
+        return [file for file in subject.files if ours(file.name)]
 
     def _clean(self, subject: SubjectFiles) -> None:
         """Remove what is left of a subject that is done with, or that cannot be had."""
@@ -509,7 +514,8 @@ class Download:
             group, file = job
             try:
                 try:
-                    group.whole[file.name] = self._fetch(file)
+                    entry = self._fetch(file)
+                    group.whole[file.name] = {**entry, "kept": True} if self.keep else entry
                 except (Refused, ValueError) as error:
                     group.failed[file.name] = str(error)
                     if isinstance(error, Busy):
@@ -589,6 +595,7 @@ class Download:
                     part.discard()
                     self._count(0, -(file.size or 0))
                     return entry
+                self._refuse_others(file, path, part)
                 path.unlink(missing_ok=True)  # a file beside a note is one that we renamed
             transfer = Transfer(self._line, file, part, self._tag, self._count)
             with self._connections:
@@ -602,6 +609,16 @@ class Download:
             return self._entry(file, path, facts, part.origin)
         finally:
             part.close()
+
+    def _refuse_others(self, file: File, path: Path, part: Part) -> None:
+        """Raise ValueError for a whole file that no run of this program has put there."""
+        if self._manifest.file(file.name) or read_note(part_paths(path)[1]):
+            return
+        with contextlib.suppress(Damaged):
+            inspect(path, file.name)
+            part.discard()
+            raise ValueError(f"{path}: is there already and is not this snapshot's; move it away, "
+                             "or choose another --downloads")
 
     def _looks_whole(self, file: File) -> dict[str, Any] | None:
         """The manifest's entry of a file that is on disk in its size, else None."""

@@ -179,6 +179,8 @@ def _unzip(path: Path, scratch: Path) -> Path:
             if not inside:
                 raise _Unfit(f"it holds no {CHECKPOINT}")
             archive.extractall(target)
+    except PermissionError:  # somebody else's; the folder to unpack into is ours
+        raise _Unfit("it may not be read") from None
     except (OSError, _Unfit):
         raise
     except Exception:  # zipfile and zlib have many words for it

@@ -49,7 +49,7 @@ class Ledger:
         try:
             keys = self._keys(session, hashes)
         except OSError as error:
-            self.skip(session.id, str(error))
+            self.skip(session.id, str(error).replace(f"{session.root}/", ""))
             return False
         held = self._held(session.id, keys)
         self.recipes[session.id], self.attempts[session.id] = held or keys[0], keys[1]

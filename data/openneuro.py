@@ -26,8 +26,8 @@ import httpx
 from tqdm import tqdm
 
 from data import bids
-from data.transfer import (ArchiveError, File, Line, Patience, Refused, Retry, Unreachable,
-                           is_passing, retry_after, steady)
+from data.transfer import (ArchiveError, Busy, File, Line, Overloaded, Patience, Refused, Retry,
+                           StayAway, Unreachable, bare, is_passing, retry_after, steady, why)
 
 API_URL = "https://openneuro.org/crn/graphql"
 S3_URL = "https://s3.amazonaws.com/openneuro.org"
@@ -41,7 +41,7 @@ _FIELDS = "{ id filename size urls directory }"
 _TREES_A_QUERY = 20  # each costs the server a look into git
 # Folders in which T1w, T2w and their sidecars can be; also what bounds the walk.
 _FOLDER = re.compile(r"sub-([^/]+)(?:/ses-([^/]+))?(?:/anat)?")
-_ANAT = re.compile(r"sub-([A-Za-z0-9+]+)/(?:ses-([A-Za-z0-9+]+)/)?anat/([^/]+)")
+_ANAT = re.compile(r"sub-([^/]+)/(?:ses-([^/]+)/)?anat/([^/]+)")
 _COMMON = re.compile(r"dataset_description\.json|participants\.tsv|(README|CHANGES)(\.\w+)?")
 _FINAL_CODES = {"GRAPHQL_VALIDATION_FAILED", "GRAPHQL_PARSE_FAILED", "BAD_USER_INPUT", "FORBIDDEN",
                 "UNAUTHENTICATED"}
@@ -225,7 +225,9 @@ def make_plan(snapshot: Snapshot, limit: int | None = None) -> Plan:
         scans = tuple((session, t1w.name, t2w.name) for session, t1w, t2w in sessions)
         subjects.append(SubjectFiles(subject, scans, tuple(files.values())))
     if not subjects:
-        raise ValueError(f"{snapshot.dataset} {snapshot.tag}: no subject has a T1w and a T2w")
+        first = next((f" ({i}: {reason})" for i, reason in missing.items()), "")
+        raise ValueError(f"{snapshot.dataset} {snapshot.tag}: no subject has a T1w and a "
+                         f"T2w{first}")
     if limit is not None:
         taken = {bids.subject_id(snapshot.dataset, s.subject, "") for s in subjects}
         missing = {i: why for i, why in missing.items() if i.partition("_ses-")[0] in taken}
@@ -299,8 +301,13 @@ class Archive:
         timeout = httpx.Timeout(patience.silence_s, connect=patience.connect_s, pool=None)
         # Identity: compressed on the way, a body has another length, hash and ranges than the file.
         headers = {"User-Agent": "t1w-t2w-cyclegan (httpx)", "Accept-Encoding": "identity"}
-        client = httpx.Client(timeout=timeout, headers=headers, follow_redirects=False,
-                              limits=httpx.Limits(max_keepalive_connections=32))
+        try:
+            client = httpx.Client(timeout=timeout, headers=headers, follow_redirects=False,
+                                  limits=httpx.Limits(max_keepalive_connections=32))
+        except (httpx.InvalidURL, ValueError, OSError) as error:
+            raise ValueError(f"the environment lets no connection be made ({error}); look at "
+                             "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE and "
+                             "SSL_CERT_DIR") from None
         self.line = Line(client, patience, self.api_url.startswith("https:"), threading.Event())
 
     def __enter__(self) -> Archive:
@@ -331,7 +338,8 @@ class Archive:
         try:
             files, closed = self._list(dataset, tag)
         except ArchiveError as error:
-            if not isinstance(error.__cause__, Unreachable):
+            if not isinstance(error, StayAway) and not isinstance(error.__cause__,
+                                                                  (Unreachable, Busy)):
                 self._check_tag(dataset, tag)
             raise
         if not files:
@@ -400,7 +408,7 @@ class Archive:
         try:
             entries = self._ask_files(dataset, tag, ["files(recursive: true)"])[0]
         except ArchiveError as error:
-            if isinstance(error.__cause__, Unreachable):
+            if isinstance(error, StayAway) or isinstance(error.__cause__, Unreachable):
                 raise
             log.info("%s: no listing at once (%s), going through its folders", dataset, error)
             entries = self._ask_files(dataset, tag, ["files"])[0]
@@ -452,20 +460,31 @@ class Archive:
         timeout = httpx.Timeout(self.line.patience.listing_s,
                                 connect=self.line.patience.connect_s)
 
-        def attempt() -> dict[str, Any]:
+        where = bare(self.api_url)
+
+        def ask() -> dict[str, Any]:
             with self.line.client.stream(
                     "POST", self.api_url, json={"query": query, "variables": variables},
                     timeout=timeout) as response:
-                body = steady(response.iter_bytes(), self.line.patience.silence_s)
-                return _read_answer(response, b"".join(body), complete)
+                try:
+                    body = b"".join(steady(response.iter_bytes(), self.line.patience.listing_s))
+                except Retry as error:  # it drips: as good as silent
+                    raise httpx.ReadTimeout(str(error)) from None
+                return _read_answer(response, body, complete)
+
+        def attempt() -> dict[str, Any]:
+            try:
+                return ask()
+            except (Retry, httpx.RequestError) as error:
+                log.info("%s: %s", where, why(error))  # there may be minutes until the next try
+                raise
 
         try:
             return self.line.persist(attempt)
         except Unreachable as error:
-            raise ArchiveError(f"{self.api_url}: {error}; check the network and "
-                               "--api-url") from error
+            raise ArchiveError(f"{where}: {error}; check the network and --api-url") from error
         except Refused as error:
-            raise ArchiveError(f"{self.api_url} answers: {error}") from error
+            raise ArchiveError(f"{where} answers: {error}") from error
 
 
 def _endpoint(url: str) -> str:
@@ -484,7 +503,10 @@ def _read_answer(response: httpx.Response, body: bytes,
                  complete: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Tell the API's data from its errors, and those that pass from those that stay."""
     if is_passing(response.status_code):
-        raise Retry(f"HTTP {response.status_code}", retry_after(response))
+        raise Overloaded(f"HTTP {response.status_code}", retry_after(response))
+    if response.next_request:
+        raise Refused(f"HTTP {response.status_code}, look at "
+                      f"{bare(str(response.next_request.url))}; give that to --api-url")
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
@@ -514,7 +536,9 @@ def _sort_entries(entries: Iterable[Any], prefix: str) -> tuple[dict[str, File],
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
             continue
-        name, key = prefix + entry["filename"], str(entry.get("id") or "")
+        given_name = entry["filename"]  # of some servers the whole path
+        name = given_name if prefix and given_name.startswith(prefix) else prefix + given_name
+        key = str(entry.get("id") or "")
         try:
             check_name(name)
         except ValueError as error:

@@ -85,7 +85,13 @@ def recipe(subject: Subject, method: str, settings: Settings, *,
     """
     known = hashes or {}
     t1w, t2w = (known.get(path) or sha256(path) for path in (subject.t1w, subject.t2w))
-    mask = sha256(brain_mask_path(subject)) if method == "mask" else ""
+    mask = ""
+    if method == "mask":
+        path = brain_mask_path(subject)
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(f"{path}: a link to nothing; with DataLad run 'datalad get' on "
+                                    "it")
+        mask = sha256(path)
     decisive = asdict(settings)
     if not limits:  # in their place what they are as a rule: rows of before are still good
         decisive["brain_ml"] = brain.ADULT_ML

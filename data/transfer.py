@@ -7,6 +7,7 @@ Knows HTTP and the kinds of files (NIfTI, JSON, text), not the archive. A body i
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -41,6 +42,7 @@ _GZIP = 31  # the window's bits, as in zlib: a gzip header, and the CRC checked
 _MAGIC = b"\x1f\x8b"  # how gzip starts
 _TEXT = 1 << 20  # longer texts are not parsed
 _PROGRESS = 1 << 16  # bytes that make a failed try worth another one
+_DAY_S = 86400
 _SLOWEST = 1024  # bytes a second; below it a connection counts as dead
 # git-annex names a file by its content: MD5E-s5898546--9bcc318b66c4da5e479b33e9451ec5e1.nii.gz
 _ANNEX_KEY = re.compile(r"(MD5|SHA256)E?-s\d+--([0-9a-f]{64}|[0-9a-f]{32})(?![0-9a-f])")
@@ -95,6 +97,10 @@ class Patience:
 
 class ArchiveError(OSError):
     """The archive does not answer as it should; the same command may do better later."""
+
+
+class StayAway(ArchiveError):
+    """The archive asks to come back later than patience lasts."""
 
 
 class Retry(Exception):
@@ -185,7 +191,7 @@ class Line:
                     nobody = isinstance(error, (httpx.ConnectError, httpx.TimeoutException))
                     kind = (Unreachable if nobody else Busy if isinstance(error, Overloaded)
                             else Refused)
-                    raise kind(f"{_why(error)} ({tries} tries)") from error
+                    raise kind(f"{why(error)} ({tries} tries)") from error
                 if self.stop.wait(self._wait(tries, getattr(error, "wait_s", None))):
                     raise Stopped from None
 
@@ -196,24 +202,34 @@ class Line:
             doubled = self.patience.first_wait_s * 2 ** (tries - 1)
             return min(doubled, longest) * random.uniform(0.5, 1)
         if asked > longest:
-            raise ArchiveError(f"the archive asks to come back in {asked:.0f} s; run the same "
-                               "command then") from None
+            when = f"in {asked:.0f} s" if asked < _DAY_S else "in more than a day"
+            raise StayAway(f"the archive asks to come back {when}; run the same command "
+                           "then") from None
         return asked
 
     @contextlib.contextmanager
     def get(self, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
         """Open an address, following redirects, never from https to http."""
-        request = self.client.build_request("GET", url, headers=headers)
+        request = _sound(functools.partial(self.client.build_request, "GET", url, headers=headers))
         for _ in range(6):
             scheme = request.url.scheme
             if scheme not in ("https", "http") or self.secure and scheme != "https":
                 raise Refused(f"leads to {bare(str(request.url))}, which is not https")
-            with contextlib.closing(self.client.send(request, stream=True)) as response:
+            answer = _sound(functools.partial(self.client.send, request, stream=True))
+            with contextlib.closing(answer) as response:
                 if response.next_request is None:
                     yield response
                     return
                 request = response.next_request
         raise Refused("redirected more than 5 times")
+
+
+def _sound(step: Callable[[], T]) -> T:
+    """Take a step that looks at an address; one that is none is refused, as any other is."""
+    try:
+        return step()
+    except (httpx.InvalidURL, UnicodeError) as error:  # httpx's and idna's words for it
+        raise Refused(f"leads to no address ({error})") from None
 
 
 def steady(chunks: Iterable[bytes], silence_s: float) -> Iterator[bytes]:
@@ -229,7 +245,7 @@ def steady(chunks: Iterable[bytes], silence_s: float) -> Iterator[bytes]:
             since, came = time.monotonic(), 0
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
     """A reason for people from an exception of httpx, whose text may be empty."""
     if isinstance(error, httpx.TimeoutException):
         return "no answer in time"
@@ -237,10 +253,11 @@ def _why(error: Exception) -> str:
 
 
 def bare(url: str) -> str:
-    """An address without its signature, which is nobody else's business; the version stays."""
+    """An address without password and signature, nobody else's business; the version stays."""
     parts = urlsplit(url)
     version = re.search(r"(?:^|&)(versionId=[^&]*)", parts.query)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}" + (f"?{version[1]}" if version else "")
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}" + (f"?{version[1]}" if version else "")
 
 
 # ---------------------------------------------------------------------------------- what is whole
@@ -379,6 +396,8 @@ class Checker:
             if not self._unpacker.eof:
                 raise Damaged("cut off, its compressed data have no end")
         sizes = {int.from_bytes(self._head[:4], order) for order in ("little", "big")}
+        if self._head.startswith(_MAGIC):
+            raise Damaged("compressed twice: the server, or a proxy, compresses on the way")
         if not sizes & {348, 540}:  # nibabel would let that pass with a warning
             raise Damaged(f"no NIfTI file, it starts with {self._head[:12]!r}")
         kind = nib.Nifti1Header if 348 in sizes else nib.Nifti2Header
@@ -474,7 +493,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} where that is missing or damaged."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -604,6 +623,8 @@ class Transfer:
 
     def _md5_there(self) -> str:
         """The MD5 that the server gives, "" if it gives none."""
+        if self._part.origin.get("encrypted"):
+            return ""
         etag = str(self._part.origin.get("etag", "")).strip('"').lower()
         # The ETag of what S3 got in several pieces is no MD5; it ends in their number.
         return etag if re.fullmatch("[0-9a-f]{32}", etag) else ""
@@ -663,10 +684,14 @@ class Transfer:
         self._count(0, self._part.size)
         length = response.headers.get("Content-Length", "")
         etag = response.headers.get("ETag", "")
+        # Of what S3 has encrypted with a key of somebody's the ETag is no MD5, though it looks it.
+        encrypted = (response.headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+                     or "x-amz-server-side-encryption-customer-algorithm" in response.headers)
         self._expect(int(length) if length.isdigit() else self._expected)
         self._part.restart({"url": bare(str(response.url)), "tag": self._tag,
                             "length": int(length) if length.isdigit() else None,
-                            "etag": etag if etag.startswith('"') else ""})  # not a weak one
+                            "etag": etag if etag.startswith('"') else "",  # not a weak one
+                            **({"encrypted": True} if encrypted else {})})
 
     def _copy(self, response: httpx.Response) -> None:
         """Write the body to the file."""

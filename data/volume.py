@@ -41,6 +41,8 @@ MIN_SLICES = 8  # fewer along an axis is a localiser or a strip, not a head
 MAX_VOXELS = 2 ** 29  # a whole head at 0.25 mm, the finest there is; more is a broken header
 MAX_SPARE = 2 ** 26  # bytes before the voxels (header extensions), or after them
 _MAX_DEFLATE = 1032  # zlib packs no tighter
+# How a text starts that stands in a file's place until it is fetched, and by what
+_POINTERS = {b"/annex/objects/": "datalad get", b"version https://git-lfs": "git lfs pull"}
 MAX_STRETCH = 0.02  # of a voxel: sizes that two programs have rounded differ by less
 UPPER_PERCENTILE = 99.5
 FLAT = 1e-5  # a share of the brightest: what interpolation leaves of one value is below
@@ -242,7 +244,9 @@ def _decode(path: Path, stream: io.BufferedIOBase) -> Any:
     if kind is None:
         text = "".join(c for c in start[:24].decode("ascii", "ignore") if c.isprintable())
         what = f"it starts with '{text}'" if start else "an empty file"
-        raise ValueError(f"{path}: not a NIfTI file ({what}); fetch or convert the file again")
+        cure = next((f"run '{command}' on it" for begin, command in _POINTERS.items()
+                     if start.startswith(begin)), "fetch or convert the file again")
+        raise ValueError(f"{path}: not a NIfTI file ({what}); {cure}")
     try:
         header = _own_header(kind, start)
         if not 0 <= header["vox_offset"] <= MAX_SPARE:

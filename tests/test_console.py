@@ -22,7 +22,8 @@ def raising(error):
 @pytest.mark.parametrize("error, code", [
     (ValueError("x.nii: no\n  good"), 2), (FileNotFoundError("x.nii: no good"), 2),
     (IsADirectoryError("x.nii: no good"), 2), (OSError(28, "x.nii: no good"), 1),
-    (PermissionError("x.nii: no good"), 1),
+    (PermissionError("x.nii: no good"), 1), (PermissionError(13, "no good", "x.nii"), 2),
+    (FileExistsError(17, "no good", "x.nii"), 2), (NotADirectoryError(20, "no good", "x.nii"), 2),
 ])
 def test_a_mistake_of_the_users_is_two_a_fault_of_the_machine_one_and_both_one_line(error, code):
     result = run_command(raising(error))

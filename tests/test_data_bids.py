@@ -237,7 +237,7 @@ def test_the_trees_own_description_is_read_and_never_trusted_to_be_there(tmp_pat
     empty = {"dataset": "d", "name": "", "snapshot": "", "doi": "", "license": "",
              "authors": []}
     assert bids.describe(tmp_path, "d") == empty
-    for text in ("not json", "[1, 2]", '{"Name": null}'):
+    for text in ("not json", "[1, 2]", '{"Name": null}', "[" * 200_000):
         (tmp_path / "dataset_description.json").write_text(text)
         assert bids.describe(tmp_path, "d")["doi"] == ""
     (tmp_path / "dataset_description.json").write_text(json.dumps(

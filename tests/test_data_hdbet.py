@@ -510,6 +510,22 @@ def test_a_damaged_zip_file_put_there_by_hand_is_named_and_passed_over(models, f
     assert "release.zip.part is passed over: it is no whole zip file" in said()[1]
 
 
+def test_a_zip_file_that_may_not_be_read_is_passed_over(models, folder, archive, said, monkeypatch):
+    folder.mkdir(parents=True)
+    (folder / "secret.zip").write_bytes(models.zip.read_bytes())
+    opened = zipfile.ZipFile
+
+    def of_others(path, *arguments, **options):
+        if "secret" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(hdbet.zipfile, "ZipFile", of_others)
+    hdbet.ensure_weights()
+    assert archive.requests == 1 and not hdbet._fault(folder)
+    assert "secret.zip is passed over: it may not be read" in said()[0]
+
+
 def test_a_full_disk_is_said_as_such_and_leaves_no_litter(folder, archive):
     archive.body = bytes(1_000_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -19,7 +19,6 @@ from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
-import httpx
 import nibabel as nib
 import numpy as np
 import pytest
@@ -231,7 +230,6 @@ def test_a_spec_that_is_none_is_refused(spec):
 
 @pytest.mark.parametrize("fault", [
     Fault(status=503), Fault(status=429, headers={"Retry-After": "0"}), Fault(cut=10),
-    Fault(drip=0.01),
     Fault(body=b"<html>504 Gateway Time-out</html>"), Fault(body=b"[]"),
     # as the server answers when one of its workers does not (OpenNeuro #3726, #3695)
     Fault(body=b'{"errors": [{"message": "fetch failed"}], "data": {"snapshot": {"a0": null}}}'),
@@ -240,6 +238,59 @@ def test_a_listing_that_fails_in_passing_is_asked_for_again(server, fault):
     server.fault("graphql", "", fault, fault)
     assert listed(server).tag == "1.0.0"
     assert len(server.log) == 3
+
+
+def test_a_listing_that_drips_is_as_good_as_none(server, caplog):
+    server.fault("graphql", "", Fault(drip=0.01), always=True)
+    hasty = replace(QUICK, attempts=2, listing_s=0.5)
+    with caplog.at_level("INFO"), pytest.raises(ArchiveError, match="no answer in time.*check the"):
+        listed(server, patience=hasty)
+    assert len(server.log) == 2
+    assert caplog.text.count("no answer in time") == 2  # each try is said: they may take minutes
+
+
+@pytest.mark.parametrize("fault, requests, said", [
+    (Fault(status=503), 4, "HTTP 503"),  # two tries at once and two by folders, none for the tags
+    (Fault(status=429, headers={"Retry-After": "9" * 30}), 1, "in more than a day"),
+    (Fault(status=429, headers={"Retry-After": "5000"}), 1, "in 5000 s")])
+def test_a_busy_api_is_not_asked_more_than_it_can_bear(server, fault, requests, said):
+    server.fault("graphql", "", fault, always=True)
+    with pytest.raises(ArchiveError, match=said):
+        listed(server, patience=replace(QUICK, attempts=2))
+    assert len(server.log) == requests
+
+
+def test_an_api_that_has_moved_is_said_with_its_new_address(server):
+    moved = Fault(status=308, headers={"Location": "http://127.0.0.1:9/crn/graphql"})
+    server.fault("graphql", "", moved, always=True)
+    with pytest.raises(ArchiveError, match="127.0.0.1:9/crn/graphql; give that to --api-url"):
+        listed(server)
+
+
+@pytest.mark.parametrize("name, value", [("NO_PROXY", "localhost,[::1]"), ("SSL_CERT_FILE", "/no"),
+                                         ("HTTPS_PROXY", "http://:x:y")])
+def test_an_environment_that_lets_no_connection_be_made_is_one_error(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"environment lets no connection.*{name}"):
+        Archive("https://127.0.0.1/crn/graphql")
+
+
+@pytest.mark.parametrize("name", ["sub-NDAR-7", "sub-a_b", "sub-\u00fc"])
+def test_a_subject_whose_name_is_not_one_of_bids_is_said_as_in_a_folder(server, tmp_path, name):
+    names = [f"{name}/anat/{name}_{suffix}.nii.gz" for suffix in ("T1w", "T2w")]
+    with pytest.raises(ValueError) as refused:
+        make_plan(snapshot_of(names))
+    for path in names:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    reasons = [r for r in bids.find_subjects(tmp_path, DATASET)[1].values()]
+    assert len(reasons) == 1 and reasons[0] in str(refused.value)
+
+
+def test_folders_whose_entries_bear_whole_paths_are_listed_alike():
+    entries = [{"filename": T1W, "id": "x", "size": 3}, {"filename": "sub-01_T2w.nii.gz"}]
+    files, _ = openneuro._sort_entries(entries, "sub-01/anat/")
+    assert set(files) == {T1W, "sub-01/anat/sub-01_T2w.nii.gz"}
 
 
 def test_errors_that_stay_are_not_asked_for_again(server):
@@ -458,6 +509,23 @@ def test_signatures_of_addresses_are_not_written_down(tree, tmp_path, caplog):
     assert f"{T1W}?versionId=v1.0.0" in text and "secret" not in text + caplog.text
 
 
+def test_passwords_in_addresses_are_not_written_down(server, tmp_path, caplog):
+    api, s3 = (url.replace("://", "://me:secret@") for url in (server.api_url, server.s3_url))
+    server.fault("s3", T2W, Fault(status=404), always=True)
+    server.fault("bare", T2W, Fault(status=404), always=True)
+    server.fault("route", T2W, Fault(status=404), always=True)
+    with Archive(api, s3, QUICK) as archive:
+        plan = make_plan(archive.snapshot(f"{DATASET}:1.0.0"))
+        with Download(archive, plan, tmp_path, keep=True, progress=False) as download:
+            reasons = [reason for _, reason in download]
+        server.fault("graphql", "", Fault(status=404), always=True)
+        with pytest.raises(ArchiveError) as refused:
+            archive.snapshot(f"{DATASET}:1.0.0")
+    assert sum(map(bool, reasons)) == 1
+    assert "secret" not in caplog.text + str(refused.value) + "".join(reasons)
+    assert "secret" not in (tmp_path / DATASET / "manifest.json").read_text()
+
+
 def test_connections_are_kept_alive(server, tmp_path):
     fetch(server, tmp_path, connections=2)
     files = [r for r in server.log if r.place != "graphql"]
@@ -631,6 +699,71 @@ def test_public_storage_with_a_later_version_is_not_taken_for_this_one(tree, oth
         assert fetch(server, tmp_path, limit=1) == {"01": ""}
         assert server.requests(T1W, "bare") and server.requests(T1W, "route")
         assert_whole_or_absent(tmp_path / DATASET, tree)
+
+
+def test_a_scan_that_comes_compressed_twice_is_said_to_be(scan_server, tree, tmp_path):
+    twice = Fault(body=gzip.compress((tree / T1W).read_bytes()))
+    for where in ("s3", "bare", "route"):
+        scan_server.fault(where, T1W, twice, always=True)
+    assert "compressed twice" in fetch(scan_server, tmp_path, limit=1)["01"]
+
+
+@pytest.mark.parametrize("header", ["x-amz-server-side-encryption: aws:kms",
+                                    "x-amz-server-side-encryption-customer-algorithm: AES256"])
+def test_the_etag_of_what_storage_encrypts_is_taken_for_no_md5(scan_server, tree, tmp_path, header):
+    name, _, value = header.partition(": ")
+    for where in ("s3", "bare"):
+        scan_server.fault(where, T1W, Fault(headers={"ETag": f'"{"ab" * 16}"', name: value}),
+                          always=True)
+    scan_server.fault("route", T1W, Fault(status=404), always=True)
+    assert fetch(scan_server, tmp_path, limit=1) == {"01": ""}
+    assert len(scan_server.requests(T1W)) == 1
+    assert_whole_or_absent(tmp_path / DATASET, tree)
+
+
+BAD_ADDRESSES = ["http://a..b/x", f"http://{'a' * 64}/x", "http://[::1", "javascript:x",
+                 "http://127.0.0.1:99999/x"]
+
+
+@pytest.mark.parametrize("url", BAD_ADDRESSES)
+@pytest.mark.parametrize("redirected", [False, True])
+def test_what_is_no_address_is_passed_by(scans, tmp_path, url, redirected):
+    def edit(entry):
+        if entry["filename"] == T1W and not redirected:
+            entry["urls"] = [url, *entry["urls"]]
+        return entry
+
+    with OpenNeuro({DATASET: {"1.0.0": scans}}, edit=edit) as server:
+        if redirected:
+            server.fault("s3", T1W, Fault(redirect=url), always=True)
+        assert fetch(server, tmp_path) == {"01": "", "02": ""}
+
+
+def test_what_a_run_was_to_keep_later_runs_leave_alone(server, tmp_path):
+    assert fetch(server, tmp_path) == {"01": "", "02": ""}
+    before = data_files(tmp_path / DATASET)
+    for done in (True, False):  # in a store already, and not
+        fetch(server, tmp_path, keep=False, done=lambda *_: done)
+        assert data_files(tmp_path / DATASET) == before
+    fetch(server, tmp_path / "b", keep=False)
+    assert not [name for name in data_files(tmp_path / "b" / DATASET) if "sub-" in name]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_whole_file_of_somebodys_is_never_replaced_or_deleted(scan_server, tmp_path, there):
+    own = tmp_path / DATASET / T1W
+    write_scan(own, 77)
+    before = own.read_bytes()
+    if not there:
+        for where in ("s3", "bare", "route"):
+            scan_server.fault(where, T1W, Fault(status=404), always=True)
+    found = fetch(scan_server, tmp_path, keep=False)
+    assert found["02"] == "" and "move it away" in found["01"]
+    assert own.read_bytes() == before
+    assert not list(tmp_path.rglob("*.part*"))
+    own.write_bytes(before[:99])  # of a scan that is cut off there is nothing to lose
+    fetch(scan_server, tmp_path)
+    assert there == (own.exists() and len(own.read_bytes()) > 99)
 
 
 def test_the_key_of_the_api_is_believed_more_than_an_etag(tree, tmp_path):
@@ -1232,7 +1365,7 @@ def test_an_api_that_answers_nonsense_is_one_error(server, answer):
                 ask()
 
 
-def test_a_listing_with_a_hole_and_an_error_is_asked_for_again(tree):
+def test_a_listing_with_a_hole_and_an_error_is_asked_for_again(tree, monkeypatch):
     holes = [True]
 
     def edit(entry):
@@ -1242,17 +1375,16 @@ def test_a_listing_with_a_hole_and_an_error_is_asked_for_again(tree):
 
     with OpenNeuro({DATASET: {"1.0.0": tree}}, edit=edit) as running:
         with Archive(running.api_url, running.s3_url, QUICK) as archive:
-            asked = archive.line.client.post
+            read = openneuro._read_answer
 
-            def post(*arguments, **options):
-                response = asked(*arguments, **options)
-                if holes and "files" in options["json"]["query"]:
-                    content = {**response.json(), "errors": [{"message": "worker timed out"}]}
-                    response = httpx.Response(200, json=content)
+            def spoilt(response, body, complete):
+                if holes:
+                    content = {**json.loads(body), "errors": [{"message": "worker timed out"}]}
+                    body = json.dumps(content).encode()
                     holes.clear()
-                return response
+                return read(response, body, complete)
 
-            archive.line.client.post = post
+            monkeypatch.setattr(openneuro, "_read_answer", spoilt)
             names = {file.name for file in archive.snapshot(f"{DATASET}:1.0.0").files}
     assert T1W in names and not holes
 

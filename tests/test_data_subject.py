@@ -8,7 +8,7 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from data import brain, volume
-from data.bids import Subject, find_subjects
+from data.bids import Subject, brain_mask_path, find_subjects
 from data.registration import make_fixed, register_rigid
 from data.store import digest_rows
 from data.subject import Settings, prepare, recipe, slices_kept
@@ -278,6 +278,17 @@ def test_limits_of_the_brains_volume_are_of_an_attempts_recipe_and_not_of_the_ro
         for limits in (False, True))
     assert rows == wide_rows == attempt == "0b226d4262d2b959", "as in stores of before"
     assert wide_attempt == "3133695ba71cd980", "as in notes of before"
+
+
+def test_a_mask_that_is_a_link_to_nothing_is_said_with_its_cure(tmp_path):
+    write_pair(tmp_path / "t", "01", mask=True)
+    subject = only_subject(tmp_path / "t")
+    path = brain_mask_path(subject)
+    path.unlink()
+    path.symlink_to(tmp_path / "annex" / "gone")
+    with pytest.raises(FileNotFoundError, match=rf"{path.name}: a link to nothing.*datalad get"):
+        recipe(subject, "mask", SETTINGS)
+    recipe(subject, "none", SETTINGS)
 
 
 def test_a_recipe_changes_with_either_file_the_mask_the_method_and_the_settings(tmp_path):

@@ -170,6 +170,8 @@ DAMAGED = {
     "a .gz without its CRC": (PACKED[:-8], "damaged or cut off"),
     "a flipped bit in .gz": (PACKED[:900] + bytes([PACKED[900] ^ 4]) + PACKED[901:], "damaged"),
     "a text": (b"not yet\tuploaded\x00\x07\n", "not a NIfTI file.*'not yetuploaded'"),
+    "an unlocked annex pointer": (b"/annex/objects/MD5E-s5--0.nii.gz\n", "run 'datalad get'"),
+    "an LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "run 'git lfs pull'"),
     "a web page": (b"<!DOCTYPE html>\n<html>", "not a NIfTI file.*<!DOCTYPE html>"),
     "a packed web page": (gzip.compress(b"<html>"), "not a NIfTI file.*<html>"),
     "nothing": (b"", "an empty file"),
