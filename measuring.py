@@ -182,10 +182,16 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
 
     Raises
     ------
-    ValueError : a translation is NaN or infinite
+    ValueError : a translation, or a stored slice, is NaN or infinite
     """
     parts = list(paired_slices(store, session, batch_size))
     real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
+    for name, real in (("t1w.npy", real_x), ("t2w.npy", real_y)):
+        broken = torch.nonzero(~real.isfinite().flatten(1).all(1)).flatten()
+        if len(broken):
+            raise ValueError(f"{store.folder / name}: row {session['first_row'] + int(broken[0])} "
+                             f"({session['id']}) is NaN or infinite; delete the store and run "
+                             "preprocess.py again")
     reals = dict(zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))))
     records: list[Record] = []
     of_lesions: list[Record] = []

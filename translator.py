@@ -169,6 +169,9 @@ class Translator:
         mask, inside, method = found or self.find_brain(volume)
         plain = cut(volume, mask, self.record)
         warnings = self._judge(plain, volume, mask, DIRECTIONS[direction][0], wanted.force)
+        if method not in ("none", "mask") and (fault := brain.strange_background(volume)):
+            warnings.append(f"taken for a whole head (brain by {method}); if it is extracted: its "
+                            f"{fault}")
         there, back = self.net(direction), self.net(_reverse(direction))
         shown = self._standardise(plain, DIRECTIONS[direction][0])
         box = _box(inside)

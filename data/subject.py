@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,8 @@ def prepare(subject: Subject, method: str, settings: Settings,
 
 
 def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: Settings,
-                 extractor: Callable[[Volume], np.ndarray] | None) -> tuple[Part, np.ndarray]:
+                 extractor: Callable[[Volume], np.ndarray] | None, *,
+                 are_masks: bool = False) -> tuple[Part, np.ndarray]:
     """Turn a subject's files into slices, and cut further maps of the T1w's head alike.
 
     Parameters
@@ -118,6 +119,7 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
     method : brain extraction, one of `brain.METHODS`, or "hd-bet+tta"
     settings : see there
     extractor : from `brain.make_extractor`; None for "mask"
+    are_masks : what is above 0.5 in a map is inside, whatever label it bears, and the rest is not
 
     Returns
     -------
@@ -158,7 +160,10 @@ def prepare_with(maps: Sequence[Path], subject: Subject, method: str, settings: 
     }
     cut = np.zeros((len(x), len(maps), settings.size, settings.size), np.float32)
     for i, path in enumerate(maps):
-        cut[:, i] = framing.of(read_volume(path), laid.grid)
+        volume = read_volume(path, is_map=True)
+        if are_masks:
+            volume = replace(volume, data=(volume.data > 0.5).astype(np.float32))
+        cut[:, i] = framing.of(volume, laid.grid)
     return Part(x, y, frame, row), cut
 
 

@@ -99,8 +99,11 @@ def tissue_slices(store: SliceStore, row: dict[str, Any], subject: Subject, maps
 
 def lesion_slices(store: SliceStore, row: dict[str, Any], subject: Subject, maps: list[Path],
                   device: str = "cpu") -> np.ndarray:
-    """(n, H, W) bool: the lesions in a session's slices; parameters, errors as `tissue_slices`."""
-    return _cut_alike(store, row, subject, maps, device)[:, 0] >= 0.5
+    """(n, H, W) bool: the lesions in a session's slices; parameters, errors as `tissue_slices`.
+
+    A mask without any is one of a subject without lesions.
+    """
+    return _cut_alike(store, row, subject, maps, device, are_masks=True)[:, 0] >= 0.5
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,14 +124,14 @@ def _extractor(method: str, device: str) -> brain.Extractor:
 
 
 def _cut_alike(store: SliceStore, row: dict[str, Any], subject: Subject, maps: list[Path],
-               device: str) -> np.ndarray:
+               device: str, *, are_masks: bool = False) -> np.ndarray:
     """Cut maps as the session's scans were: (n, len(maps), H, W) float32."""
     header = store.header
     settings = Settings(header["size"], header["spacing_mm"], header["min_brain_area"], ANY_ML,
                         header["seed"], bias_correction_of(header))
     method = row["brain_extraction"]
     extractor = None if method == "mask" else _extractor(method, device)
-    part, cut = prepare_with(maps, subject, method, settings, extractor)
+    part, cut = prepare_with(maps, subject, method, settings, extractor, are_masks=are_masks)
     if part.row["rows_sha256"] != row["rows_sha256"]:
         other = "" if method in ("mask", "none") else (
             f", or choose the --device that found their brains (here: {device})")

@@ -90,7 +90,7 @@ class Volume:
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
 
 
-def read_volume(path: str | os.PathLike) -> Volume:
+def read_volume(path: str | os.PathLike, *, is_map: bool = False) -> Volume:
     """Read a 3-D NIfTI file (.nii or .nii.gz) as a float32 RAS volume.
 
     The whole file is decompressed with its CRC checked, so a cut or damaged file never passes.
@@ -98,6 +98,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
     Parameters
     ----------
     path : file name; a 4-D file is taken where its fourth axis has one volume
+    is_map : of lesions or of a tissue, and may have one value throughout: there may be none
 
     Returns
     -------
@@ -117,7 +118,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
         _check_claim(path, image, isinstance(stream, gzip.GzipFile))
         data = _voxels(path, image)
         _check_rest(path, stream)
-        return _volume(path, image, data)
+        return _volume(path, image, data, is_map)
 
 
 def read_grid(path: str | os.PathLike) -> Grid:
@@ -182,17 +183,22 @@ def _sizes(spacing_mm: np.ndarray) -> str:
 def volume_from_image(image: Any, path: str | os.PathLike = "the image") -> Volume:
     """Check a nibabel image and bring it into RAS order; see `read_volume`."""
     path = Path(path)
+    if not isinstance(image.header, nib.Nifti1Header):  # FreeSurfer's, for one
+        try:
+            image = nib.Nifti1Image.from_image(image)
+        except Exception as error:  # nibabel raises a dozen kinds
+            raise ValueError(f"{path}: not a NIfTI image ({error}); convert it") from None
     with _reading(path):
         _check_geometry(path, image)
         return _volume(path, image, _voxels(path, image))
 
 
-def _volume(path: Path, image: Any, data: np.ndarray) -> Volume:
+def _volume(path: Path, image: Any, data: np.ndarray, is_map: bool = False) -> Volume:
     """Check the voxels and bring them into RAS order."""
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
         raise ValueError(f"{path}: {bad} voxels are NaN or infinite; mend or leave out the file")
-    if data.min() == data.max():
+    if data.min() == data.max() and not is_map:
         raise ValueError(f"{path}: every voxel is {data.min():g}; an empty volume, leave it out")
     orientation = io_orientation(image.affine)
     data = np.ascontiguousarray(apply_orientation(data, orientation))

@@ -2,6 +2,7 @@
 
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 from painted_lesions import write_lesions
@@ -68,6 +69,32 @@ def test_lesions_lie_where_they_are_marked(segmented, name):
     assert marked.shape == mask.shape and marked.dtype == bool
     assert mask[marked].all() and marked.sum() * 0.08 == pytest.approx(3.0, rel=0.25)  # ml
     assert t2w[marked].mean() > t2w[mask].mean() + 0.5
+
+
+def test_a_mask_without_lesions_is_one_of_a_subject_without_any(segmented):
+    store, tree = segmented
+    write_lesions(tree, "sub-05")
+    path = next(tree.rglob("sub-05_label-lesion_mask.nii.gz"))
+    image = nib.load(path)
+    nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine).to_filename(path)
+    row = store.subjects[-1]
+    marked = lesion_slices(store, row, *find_lesions([tree], store.subjects)[row["id"]])
+    assert marked.shape == store.of_subject(row)[2].shape and not marked.any()
+
+
+def test_the_label_that_a_lesion_bears_does_not_make_it_larger(segmented):
+    store, tree = segmented
+    write_lesions(tree, "sub-05")
+    row = store.subjects[-1]
+    path = next(tree.rglob("sub-05_label-lesion_mask.nii.gz"))
+    image = nib.load(path)
+    found = []
+    for label in (1, 5, 255):
+        labelled = (np.asarray(image.dataobj) * label).astype(np.uint8)
+        nib.Nifti1Image(labelled, image.affine).to_filename(path)
+        found.append(lesion_slices(store, row, *find_lesions([tree], store.subjects)[row["id"]]))
+    assert found[0].any()
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
 def test_masks_of_something_else_are_no_lesions(segmented):

@@ -1,6 +1,7 @@
 """Tests of measuring.py: figures of sessions against losses/ and by hand."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -217,6 +218,19 @@ def test_a_translation_that_is_nan_is_refused_by_name_not_left_out(store):
         measure_session(store, session(store, "04"), [
             copy_input(), Method("model", dict.fromkeys(measuring.DIRECTIONS, broken), "bad.pt")],
             CPU)
+
+
+@pytest.mark.parametrize("name", ["t1w", "t2w"])
+def test_a_stored_slice_that_is_nan_is_not_blamed_on_the_net(store, tmp_path, name):
+    folder = tmp_path / "slices"
+    shutil.copytree(store.folder, folder)
+    row = session(store, "04")["first_row"] + 2
+    array = np.load(folder / f"{name}.npy", mmap_mode="r+")
+    array[row, 3, 4] = np.nan
+    array.flush()
+    spoilt = SliceStore(folder)
+    with pytest.raises(ValueError, match=rf"{name}.npy: row {row} \(painted_sub-04\) is NaN"):
+        measure_session(spoilt, session(spoilt, "04"), [copy_input()], CPU)
 
 
 def test_equal_slices_have_the_largest_psnr_that_can_be_averaged(store):

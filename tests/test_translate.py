@@ -17,6 +17,7 @@ from scipy import ndimage
 import device
 import translate
 import translation_jobs
+from data import brain
 from data.derivatives import write_record
 from data.histogram import PERCENTILES, Standard, landmarks
 from models import checkpoint, export
@@ -454,6 +455,18 @@ def test_a_brain_on_a_background_of_its_own_is_told_how_it_could_do_without_a_ne
     assert outcome.code == 2 and "sub-01_T1w.nii: background is -1 and" in outcome.complaint
 
 
+def test_a_brain_on_a_background_of_its_own_that_a_net_has_worked_on_is_warned_of(
+        command, tmp_path, monkeypatch):
+    image = scan((40, 48, 36), (4, 4, 4))
+    nib.Nifti1Image(image.get_fdata() - 1, image.affine).to_filename(tmp_path / "sub-01_T1w.nii")
+    monkeypatch.setattr(brain, "make_extractor",
+                        lambda *_, **__: lambda volume: volume.data > -1)
+    outcome = command(tmp_path / "sub-01_T1w.nii")
+    assert outcome.code == 0
+    assert "taken for a whole head (brain by hd-bet); if it is extracted: its background is -1" in (
+        outcome.out)
+
+
 @pytest.mark.parametrize("extraction, opened", [("auto", 3), ("deepbet", 1)])
 def test_a_missing_net_that_all_volumes_need_is_an_error(command, tmp_path, monkeypatch, missing,
                                                          extraction, opened):
@@ -555,6 +568,10 @@ def test_translate_volume_takes_images_and_a_checkpoint_or_a_translator(ckpt, tm
     image.to_filename(tmp_path / "sub-01_T1w.nii.gz")
     loaded = nib.load(tmp_path / "sub-01_T1w.nii.gz")
     assert np.array_equal(translate_volume(loaded, made).get_fdata(), t2w.get_fdata())
+    freesurfers = nib.MGHImage(image.get_fdata().astype(np.float32), image.affine)
+    answer = translate_volume(freesurfers, made, "t1w-to-t2w")
+    assert isinstance(answer, nib.Nifti1Image) and np.allclose(answer.affine, image.affine)
+    assert np.abs(answer.get_fdata() - t2w.get_fdata()).max() < 1e-3
     mean = translate_volume(image, made, "t1w-to-t2w", wanted=Wanted(looks=3))
     assert not np.array_equal(mean.get_fdata(), t2w.get_fdata())
     real = scan((40, 48, 36), (4, 4, 4), suffix="T2w")
