@@ -82,7 +82,7 @@ def contrast_checks(records: list[Record], ckpt: str) -> dict[str, Any]:
         if pattern is not None and pattern > CHECKERBOARD:
             warnings.append(f"{direction}: the upsampling leaves a checkerboard (spectral peaks "
                             f"of 2 and 4 pixels {pattern:.2f} times those of real slices); "
-                            "train.py has --upsample nearest")
+                            "train.py has --upsample blur")
         checks[direction] = {"correlation": agreement, "copy_ratio": ratio,
                              "checkerboard": pattern, "warnings": warnings}
     return checks
