@@ -27,8 +27,9 @@ from tqdm import tqdm
 from data import bids
 from data.openneuro import API_URL, Archive, Plan, SubjectFiles, place, size_text
 from data.store import write_atomically
-from data.transfer import (ArchiveError, Busy, Damaged, File, Helper, Part, Refused, Stopped,
-                           Transfer, inspect, lock, part_paths, read_note, read_object)
+from data.transfer import (ArchiveError, Busy, File, Part, Refused, Stopped, Transfer, lock,
+                           part_paths, read_note, read_object)
+from data.whole_file import Damaged, Helper, inspect
 
 MANIFEST = "manifest.json"
 SYNC_EVERY_S = 0.5

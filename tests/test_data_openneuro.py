@@ -25,13 +25,13 @@ import pytest
 
 pytest.importorskip("graphql", reason="the local server needs graphql-core")
 
-from data import bids, download, openneuro, transfer  # noqa: E402
+from data import bids, download, openneuro, whole_file  # noqa: E402
 from data.download import Download  # noqa: E402
 from data.openneuro import (Archive, Snapshot, check_name, make_plan, parse_spec,  # noqa: E402
                             place)
-from data.transfer import (ArchiveError, Damaged, File, Patience, Refused,  # noqa: E402
-                           Unreachable, inspect)
+from data.transfer import ArchiveError, File, Patience, Refused, Unreachable  # noqa: E402
 from data.volume import read_volume  # noqa: E402
+from data.whole_file import Checker, Damaged, Helper, inspect  # noqa: E402
 import openneuro_server  # noqa: E402
 from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
 
@@ -1012,7 +1012,7 @@ def test_compression_is_told_by_the_content_of_a_nifti_file_and_not_by_its_name(
     write_scan(tmp_path / "x.nii", 0, side=9)
     content = (tmp_path / "x.nii").read_bytes()
     for name, stored in (("a.nii.gz", content), ("a.nii", gzip.compress(content))):
-        checker = transfer.Checker(name)
+        checker = Checker(name)
         for start in range(0, len(stored), step):
             checker.feed(stored[start:start + step])
         assert checker.finish()["size"] == len(stored)
@@ -1031,8 +1031,8 @@ def test_nibabel_checks_the_header_of_every_file(tmp_path, caplog):
 @pytest.mark.parametrize("library", ["zlib", "isal.isal_zlib"])
 def test_a_flipped_bit_is_found_with_either_library(tmp_path, monkeypatch, library):
     module = pytest.importorskip(library)
-    monkeypatch.setattr(transfer, "inflate", module)
-    monkeypatch.setattr(transfer, "InflateError", module.error)
+    monkeypatch.setattr(whole_file, "inflate", module)
+    monkeypatch.setattr(whole_file, "InflateError", module.error)
     content = nifti(tmp_path)
     packed = gzip.compress(content)
     assert verdict(packed) == ""
@@ -1049,7 +1049,7 @@ def test_a_flipped_bit_is_found_with_either_library(tmp_path, monkeypatch, libra
 
 def verdict(packed):
     """What is wrong with the bytes of a `.nii.gz`, "" if nothing is."""
-    checker = transfer.Checker("a.nii.gz")
+    checker = Checker("a.nii.gz")
     try:
         checker.feed(packed)
         checker.finish()
@@ -1062,9 +1062,9 @@ def test_a_helper_judges_as_one_thread_does(tmp_path):
     write_scan(tmp_path / "a.nii.gz", 1, side=128)
     packed = (tmp_path / "a.nii.gz").read_bytes()
     damaged = packed[:-90_000] + bytes(8) + packed[-89_992:]
-    helper = transfer.Helper()
+    helper = Helper()
     for content in (packed, damaged, packed[:-1]):
-        checker = transfer.Checker("a.nii.gz", helper)
+        checker = Checker("a.nii.gz", helper)
         with contextlib.nullcontext() if content == packed else pytest.raises(Damaged):
             for start in range(0, len(content), 1 << 16):
                 checker.feed(content[start:start + (1 << 16)])
