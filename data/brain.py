@@ -180,6 +180,10 @@ def _deepbet(device: str) -> Extractor:
         from deepbet.bet import BrainExtraction
     except ImportError as error:
         raise ValueError(f"brain extraction deepbet: {error}; pip install '.[deepbet]'") from None
+    except Exception as error:  # packages that do not fit each other have many words for it
+        raise ValueError("brain extraction deepbet: its package cannot be imported "
+                         f"({type(error).__name__}: {error}); pip install --force-reinstall "
+                         "deepbet") from error
     with warnings.catch_warnings():  # torch.jit.load is deprecated, and that is deepbet's business
         warnings.simplefilter("ignore", FutureWarning)
         network = BrainExtraction(no_gpu=device == "cpu")

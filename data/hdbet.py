@@ -329,6 +329,9 @@ def _module(name: str) -> Any:
             return importlib.import_module(f"HD_BET.{name}")
     except ImportError as error:
         raise ValueError(f"{NAME}: {error}; pip install HD-BET") from error
+    except Exception as error:  # packages that do not fit each other have many words for it
+        raise ValueError(f"{NAME}: its package cannot be imported ({type(error).__name__}: "
+                         f"{error}); pip install --force-reinstall HD-BET") from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Brain masks: in extracted volumes, from files, by deepbet; and what is believed of them."""
 
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -260,3 +261,13 @@ def test_deepbet_finds_the_same_brain_in_a_real_head_however_its_axes_run(tmp_pa
     centre = apply_affine(affine, np.argwhere(masks[0]).mean(0))
     assert abs(centre[0] - middle[0]) < 15, "the brain lies in the middle of the scan as it was"
     assert centre[2] > middle[2] - 20, "and not in the neck"
+
+
+def test_a_deepbet_that_breaks_while_it_is_imported_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "deepbet").mkdir()
+    (tmp_path / "deepbet" / "__init__.py").write_text("raise RuntimeError('made for another')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepbet"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match="deepbet: .*RuntimeError: made for another"):
+        brain.make_extractor("deepbet")

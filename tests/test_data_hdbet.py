@@ -605,3 +605,12 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "HD_BET.paths")
     with pytest.raises(ValueError, match="hd-bet: .*HD_BET.*; pip install HD-BET"):
         hdbet.make_extractor("cpu")
+
+
+def test_a_package_that_breaks_while_it_is_imported_is_one_error(monkeypatch):
+    def broken(name):
+        raise AttributeError("module 'numpy' has no attribute 'bool8'")
+
+    monkeypatch.setattr(hdbet.importlib, "import_module", broken)
+    with pytest.raises(ValueError, match="hd-bet: .*AttributeError: .*bool8.*; pip install -"):
+        hdbet.make_extractor("cpu")
