@@ -22,9 +22,9 @@ from scipy import ndimage
 
 # files that take minutes, longest first
 LONG = ("test_preprocess_datasets", "test_preprocess", "test_evaluate", "test_train_resume",
-        "test_train", "test_whole_path", "test_data_simulate", "test_data_openneuro",
-        "test_data_hdbet", "test_training", "test_train_torchrun", "test_models_export",
-        "test_models_features")
+        "test_train", "test_whole_path", "test_data_simulate", "test_data_download",
+        "test_data_download_resume", "test_data_hdbet", "test_training", "test_train_torchrun",
+        "test_models_export", "test_models_features")
 
 
 def pytest_collection_modifyitems(items):
