@@ -16,65 +16,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import hashlib
 import logging
 import os
-import platform
-import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 import console
-from data import bids, brain, contrast, shards, store
+from data import bids, brain, shards, store
 from data.bias import CORRECTIONS
 from data.bids import Subject
-from data.hdbet import ensure_weights
-from data.ledger import Ledger, merge_sources, of_rows, of_trees, refuse_namesakes
+from data.ledger import Ledger, of_rows, of_trees, refuse_namesakes
 from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
-from data.sources import Arrival, Person, Snapshots, Trees
-from data.subject import Settings, prepare
-from data.volume import NotNow
-from data.workers import Workers
-from report.preprocessing import look_at, preprocessing_page
+from data.sources import Person, Snapshots, Trees
+from data.subject import Settings
+from finishing import check, draw, finish, print_table, versions
+from preprocessing_jobs import How, Source, find_device, work
 
 log = logging.getLogger("preprocess")
-NETWORKS = ("hd-bet", "hd-bet+tta", "deepbet")
-Source = Trees | Snapshots
 AHEAD = 3  # subjects on disk or on their way beyond those that the workers have
 WORKER_GIB, WORKERS_A_GPU = 3, 4
-NO_MEMORY = "allocate memory|bad_alloc"  # in a RuntimeError of SimpleITK or torch
-TOOLS = ("numpy", "nibabel", "scipy", "SimpleITK", "torch", "HD-BET", "deepbet", "nilearn")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker process needs to make the parts of one subject."""
-
-    sessions: tuple[Subject, ...]
-    snapshot: str
-    method: str
-    settings: Settings
-    device: str
-    out: Path
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Why a session was skipped, "" if it was not, and whether the next run need not try again."""
-
-    reason: str = ""
-    is_lasting: bool = True
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -120,7 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     _check_args(args)
     if args.workers is None:
         works = not args.list and (args.datasets or args.bids or args.simulate)
-        on_gpu = works and _method(args) in NETWORKS and _device(args.device) != "cpu"
+        on_gpu = works and find_device(args.device, _method(args)) != "cpu"
         args.workers = _default_workers(bool(on_gpu))
     return args
 
@@ -249,8 +213,9 @@ def build(args: argparse.Namespace, source: Source, everybody: list[Person],
         for folder in source.folders:  # two runs would delete each other's files
             held.enter_context(_use(folder, args.out, args.shard, args.keep_downloads))
         ledger = Ledger(args.out, _method(args), settings, source.missing)
-        work(source, ledger, args, settings)
-        header |= {"sources": source.describe(), "versions": _versions()}
+        how = How(_method(args), settings, find_device(args.device, _method(args)), args.out)
+        work(source, ledger, how, args.workers)
+        header |= {"sources": source.describe(), "versions": versions()}
         record = Record(header, choice, ledger.made, ledger.skipped)
         if args.shard:
             return _end_shard(args.out, args.shard, record)
@@ -269,7 +234,7 @@ def merge(out: Path, folders: list[Path]) -> int:
                 raise ValueError(f"{', '.join(map(str, folders))}: no shard has finished there; "
                                  "run preprocess.py --shard 1/4 and so on first")
             log.info("nothing to merge: no shard has left a record that is not packed")
-            _print_table(out, {}, [])
+            print_table(out, {}, [])
             return console.DONE
         for tool, found in sorted(shards.differing_versions(folders).items()):
             log.warning("note: shards had %s %s", tool, " and ".join(sorted(found)))
@@ -356,318 +321,6 @@ def check_names(args: argparse.Namespace, people: list[Person]) -> None:
 
 
 # ------------------------------------------------------------------------------------- working
-
-
-class Progress:
-    """A bar on a terminal, a line a session elsewhere."""
-
-    def __init__(self, total: int):
-        self._total, self._count, self._start = total, 0, time.monotonic()
-        self._bar = tqdm(total=total, unit="session", desc="preprocess", disable=None)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def pass_over(self, n: int) -> None:
-        """Count sessions that need no work."""
-        self._count += n
-        self._bar.update(n)
-
-    def say(self, name: str, reason: str) -> None:
-        """Count a session that is done, or skipped for a reason."""
-        self.pass_over(1)
-        if self._bar.disable:
-            log.info("%d/%d  %s  %s  (%.0f s)", self._count, self._total, name,
-                     f"skipped: {reason}" if reason else "done", time.monotonic() - self._start)
-
-
-def work(source: Source, ledger: Ledger, args: argparse.Namespace, settings: Settings) -> None:
-    """Make the parts of all sessions that the store lacks, each when its files are there."""
-    method, total = _method(args), len(source.sessions)
-    device = _device(args.device) if method in NETWORKS else "cpu"
-    for line in source.promise():
-        log.info("%s", line)
-    with Workers(min(args.workers, total)) as workers, Progress(total) as progress:
-        def load() -> None:  # what is missing is said now, not by each worker
-            if method.startswith("hd-bet") and workers.count > 1:
-                ensure_weights()
-            elif method != "mask":
-                _extractor(method, device)
-
-        def begin() -> None:
-            workers.wait()  # so that two datasets are never on disk at once
-            load()
-
-        def known(sessions: list[Subject], snapshot: str, hashes: dict[Path, str] | None,
-                  note: dict[str, Any]) -> bool:
-            found = ledger.knows(sessions, snapshot, hashes, note)
-            progress.pass_over(len(sessions) if found else 0)
-            return found
-
-        def settle(arrival: Arrival, outcomes: dict[str, Outcome]) -> None:
-            for name, outcome in outcomes.items():
-                progress.say(name, outcome.reason)
-                if outcome.reason:
-                    ledger.skip(name, outcome.reason)
-            arrival.release({name: {"recipe": ledger.attempts[name], "reason": outcome.reason}
-                             for name, outcome in outcomes.items()
-                             if outcome.reason and outcome.is_lasting})
-
-        for arrival in source.arrivals(known, begin):
-            if arrival.reason:
-                for session in arrival.sessions:
-                    ledger.skip(session.id, arrival.reason)
-                    progress.say(session.id, arrival.reason)
-                continue
-            todo = tuple(s for s in arrival.sessions if ledger.lacks(s, arrival.hashes))
-            progress.pass_over(len(arrival.sessions) - len(todo))
-            if todo:
-                load()
-                workers.submit(make_parts, Task(todo, arrival.snapshot, method, settings, device,
-                                                args.out),
-                               functools.partial(settle, arrival))
-            else:
-                arrival.release({})
-        workers.wait()
-
-
-def _device(name: str) -> str:
-    if name == "cpu":
-        return name
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    index = name.partition(":")[2] or "0"
-    if not (name.partition(":")[0] == "cuda" and index.isdecimal()
-            and int(index) < torch.cuda.device_count()):
-        raise ValueError(f"--device {name}: no such device here; take auto or cpu")
-    return name
-
-
-@functools.lru_cache(maxsize=1)
-def _extractor(method: str, device: str) -> Callable:
-    """The brain extractor of this process, loaded once; one thread always gives the same bits."""
-    if method in NETWORKS:
-        import torch
-
-        if device == "cpu":
-            torch.set_num_threads(1)
-        else:
-            torch.cuda.set_device(device)  # deepbet takes the present one
-    return brain.make_extractor(method, device=device)
-
-
-def make_parts(task: Task) -> dict[str, Outcome]:
-    """Prepare sessions and store their parts; id to why it was skipped, and whether for good."""
-    extractor = None if task.method == "mask" else _extractor(task.method, task.device)
-    outcomes = {}
-    for session in task.sessions:
-        try:
-            part = prepare(session, task.method, task.settings, extractor)
-        except (ValueError, FileNotFoundError) as error:
-            reason = " ".join(str(error).split()).replace(f"{session.root}{os.sep}", "")
-            is_lasting = not isinstance(error, (brain.NoMemory, NotNow))
-            outcomes[session.id] = Outcome(reason, is_lasting)
-            continue
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
-                raise
-            outcomes[session.id] = Outcome("no memory left to work on this pair; take fewer "
-                                           "--workers", is_lasting=False)
-            continue
-        note = "; ".join(filter(None, (part.row["note"], _doubt(part, task.settings.spacing_mm))))
-        part.row["note"] = note
-        store.write_part(task.out, part, snapshot=task.snapshot)
-        outcomes[session.id] = Outcome()
-    return outcomes
-
-
-def _doubt(part: store.Part, spacing_mm: float) -> str:
-    """What of a subject's two scans looks like the other contrast, "" where nothing does."""
-    spacing = float(part.row["slice_spacing_mm"]), spacing_mm
-    x, y = (contrast.tell(contrast.measure(slices, part.mask, spacing))
-            for slices in (part.t1w, part.t2w))
-    if (x, y) == ("T2w", "T1w"):
-        return "T1w looks like a T2w, and T2w like a T1w: are the two files swapped?"
-    if x == "T2w":
-        return "T1w looks like a T2w: is it a T1w?"
-    return "T2w looks like a T1w: is it a T2w?" if y == "T1w" else ""
-
-
-# ------------------------------------------------------------------------------------ finishing
-
-
-def finish(out: Path, record: Record, before: dict[str, Any] | None) -> dict[str, str]:
-    """Assign splits, pack the store if anything is new, draw it, print the closing table.
-
-    Returns id to reason of what is left out. Parts of other runs (another tree, other settings)
-    stay aside, and so do those of subjects that are there under another name: the next run finds
-    them made. A stored session that is refused now keeps its rows, hours of work perhaps, and that
-    is said.
-    """
-    settled_rows = store.read_table(out / "subjects.tsv")
-    stored = {row["id"] for row in settled_rows}
-    fresh = {name: row for name, row in store.part_rows(out).items()
-             if record.recipes.get(name) == row["recipe"]}
-    twins = _twins(settled_rows, fresh, record.recipes)
-    skipped = {name: f"{why}; its rows of before stay" if name in stored else why
-               for name, why in {**record.skipped, **twins}.items()}
-    fresh = {name: row for name, row in fresh.items() if name not in twins}
-    rows = {row["id"]: row for row in settled_rows} | fresh
-    if not rows:
-        reason = next(iter(record.skipped.values()), "no subject was found")
-        raise ValueError(f"no subject could be kept: {reason}"
-                         + (f" (and {len(record.skipped) - 1} more)" if len(record.skipped) > 1
-                            else ""))
-    settled = {(r["dataset"], r["subject"]): r["split"] for r in settled_rows}
-    splits, said = store.assign_splits(
-        [(r["dataset"], r["subject"]) for r in rows.values()], record.choice["split"],
-        val=record.choice["val"], test=record.choice["test"], settled=settled)
-    table = [{**row, "split": splits[row["dataset"], row["subject"]]} for row in rows.values()]
-    ours = {*record.recipes, *record.skipped}
-    reasons = {name: why for name, why in (store.read_skipped(out) if before else {}).items()
-               if name not in ours}
-    reasons.update(skipped)
-    header = {**record.header,
-              "sources": merge_sources((before or {}).get("sources", []), record.header["sources"],
-                                       settled_rows, record.recipes)}
-    if before and not fresh:
-        header["versions"] = before.get("versions", {})
-    if fresh or _differs(out, before, header, table, reasons):
-        store.pack(out, header, table, reasons, fresh.keys())
-    draw(out, again=False)
-    _print_table(out, skipped, said)
-    return skipped
-
-
-def _twins(settled: list[dict[str, str]], fresh: dict[str, dict[str, str]],
-           ours: Collection[str]) -> dict[str, str]:
-    """Sessions of this run whose subject is there under another name: id to reason.
-
-    Splits go by name, so that one person would be in two of them. Who is stored already stays.
-    """
-    people = {_person(row) for row in settled}
-    rows = {row["id"]: row for row in settled} | fresh
-    reasons: dict[Person, tuple[str, str]] = {}
-    for row, first, kind in store.find_twins(sorted(
-            rows.values(), key=lambda row: (_person(row) not in people, *_person(row), row["id"]))):
-        why = (f"same scan as {first['id']} ({kind}); one person under two names would be in two "
-               "splits")
-        reasons.setdefault(_person(row), (row["id"], why))
-    found = {}
-    for name, row in rows.items():
-        whose, why = reasons.get(_person(row), ("", ""))
-        if why and name in ours:
-            found[name] = why if whose == name else f"its session {whose} has the {why}"
-    return found
-
-
-def _person(row: dict[str, str]) -> Person:
-    return row["dataset"], row["subject"]
-
-
-def _differs(out: Path, before: dict[str, Any] | None, header: dict[str, Any],
-             table: list[dict], reasons: dict[str, str]) -> bool:
-    """Whether packing would change a table although no rows are new."""
-    if before is None:
-        return True
-    splits = {r["id"]: r["split"] for r in store.read_table(out / "subjects.tsv")}
-    skips = store.read_skipped(out)
-    return (any(before.get(key) != header[key] for key in header)
-            or splits != {r["id"]: r["split"] for r in table} or skips != reasons)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in TOOLS:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _print_table(out: Path, skipped: dict[str, str], said: list[str]) -> None:
-    opened = store.SliceStore(out)
-    counts = opened.header["counts"]
-    log.info("\n%s", out)
-    log.info("%-8s %9s %9s %9s", "split", "subjects", "sessions", "slices")
-    for split in (*store.SPLITS, "all"):
-        log.info("%-8s %9d %9d %9d", split, *(counts[what][split] for what in
-                                              ("subjects", "sessions", "slices")))
-    for line in said:
-        log.info("note: %s", line)
-    for subject in opened.subjects:
-        if subject["note"]:
-            log.info("note: %s: %s", subject["id"], subject["note"])
-        if float(subject["cut_share"]) > 0.005:
-            log.info("note: %s: %.1f %% of the brain lies outside the frame; a larger --size "
-                     "holds it", subject["id"], 100 * float(subject["cut_share"]))
-    for source in opened.header["sources"]:
-        log.info("cite %s: %s", source["dataset"], citation(source))
-    if skipped:
-        log.info("skipped %d (skipped.tsv):", len(skipped))
-        for name in sorted(skipped):
-            log.info("  %s: %s", name, skipped[name])
-
-
-def citation(source: dict[str, Any]) -> str:
-    """How to cite a dataset, as far as it says."""
-    authors = source.get("authors") or []
-    names = ", ".join(authors[:3]) + (" et al." if len(authors) > 3 else "")
-    said = (names, source["name"] or source["dataset"],
-            source["snapshot"] and f"version {source['snapshot']}",
-            source["doi"] and f"https://doi.org/{source['doi']}",
-            source["license"] and f"licence {source['license']}")
-    return ". ".join(part.rstrip(".") for part in said if part) + "."
-
-
-def check(out: Path) -> int:
-    """`--check`: print counts, then every fault with its rows."""
-    problems = store.check(out)
-    _print_table(out, {}, [])
-    _print_slices(store.SliceStore(out))
-    for problem in problems:
-        print(f"error: {out}: {problem}", file=sys.stderr)
-    if problems:
-        return console.WRONG_INPUT
-    log.info("sound: every row was read and agrees with its hash")
-    return console.DONE
-
-
-def _print_slices(opened: store.SliceStore) -> None:
-    """Slices a session, by dataset."""
-    log.info("\n%-20s %9s %9s %7s %5s %5s", "slices a session", "sessions", "mean", "SD", "min",
-             "max")
-    for dataset in sorted({s["dataset"] for s in opened.subjects}):
-        n = np.array([s["n_slices"] for s in opened.subjects if s["dataset"] == dataset])
-        log.info("%-20s %9d %9.1f %7.1f %5d %5d", dataset, len(n), n.mean(),
-                 n.std(ddof=1) if len(n) > 1 else 0.0, n.min(), n.max())
-
-
-def draw(out: Path, *, again: bool = True) -> int:
-    """Write the store's `report.html`: masks, alignment and figures of its subjects.
-
-    Not `again`: only if the page shows another state of the store.
-    """
-    state = hashlib.sha256(b"".join((out / name).read_bytes() for name in store.TABLES[1:]))
-    mark = f"<!-- {state.hexdigest()} -->\n"
-    page = out / "report.html"
-    if not again and page.is_file():
-        with open(page, encoding="utf-8", errors="replace") as html:
-            if html.readline() == mark:
-                return console.DONE
-    opened = store.SliceStore(out)
-    shown = [look_at(row, functools.partial(opened.of_subject, subject)) for row, subject in zip(
-        store.read_table(out / "subjects.tsv"), opened.subjects)]
-    skipped = store.read_skipped(out)
-    datasets = ", ".join(sorted({s["dataset"] for s in opened.subjects}))
-    text = preprocessing_page(shown, skipped, f"Slices of {datasets}")
-    store.write_atomically(page, (mark + text).encode())
-    log.info("report: %s", page)
-    return console.DONE
 
 
 @contextlib.contextmanager

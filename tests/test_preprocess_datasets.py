@@ -20,7 +20,8 @@ from drawn_once import drawn_once
 from openneuro_server import Fault, OpenNeuro
 
 import preprocess
-from data import store
+import preprocessing_jobs
+from data import brain, store
 from data.openneuro import Archive
 from data.store import SliceStore
 from data.transfer import Patience
@@ -206,20 +207,20 @@ def test_a_newer_scan_that_cannot_be_had_is_tried_again(two_snapshots, tmp_path)
 
 
 @pytest.mark.parametrize("error", [
-    preprocess.brain.NoMemory("no memory left"), NotNow("no memory left"), MemoryError(),
+    brain.NoMemory("no memory left"), NotNow("no memory left"), MemoryError(),
     RuntimeError("ITK ERROR: Image: Failed to allocate memory for image.")], ids=repr)
 def test_want_of_memory_is_not_remembered_as_a_subjects_fault(error, server, tmp_path, monkeypatch):
-    prepare = preprocess.prepare
+    prepare = preprocessing_jobs.prepare
 
     def crowded(session, *arguments):
         if session.subject == "03":
             raise error
         return prepare(session, *arguments)
 
-    monkeypatch.setattr(preprocess, "prepare", crowded)
+    monkeypatch.setattr(preprocessing_jobs, "prepare", crowded)
     result = run(tmp_path)
     assert result.code == 3 and "no memory left" in result.out
-    monkeypatch.setattr(preprocess, "prepare", prepare)
+    monkeypatch.setattr(preprocessing_jobs, "prepare", prepare)
     run(tmp_path)
     assert "ds000001_sub-03" in {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
 
