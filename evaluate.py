@@ -36,7 +36,6 @@ from models import checkpoint
 from results import write_results
 
 
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line of `evaluate.py`."""
     p = console.OneLineParser(description=__doc__, formatter_class=console.Formatter,

@@ -1,14 +1,13 @@
 """Downloads: a plan's files into a folder, subject by subject, each whole or absent.
 
-Owns `manifest.json` beside the data, the order of things and the threads; a single file is fetched
-by `data/transfer.py`, what to fetch is decided in `data/openneuro.py`.
+Owns the order of things and the threads; what is whole stands in `data/manifest.py`, a single file
+is fetched by `data/transfer.py`, what to fetch is decided in `data/openneuro.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import queue
@@ -25,149 +24,18 @@ from typing import Any
 from tqdm import tqdm
 
 from data import bids
+from data.manifest import Content, Manifest, objects
 from data.openneuro import API_URL, Archive, Plan, SubjectFiles, place, size_text
-from data.store import write_atomically
-from data.transfer import (ArchiveError, Busy, File, Part, Refused, Stopped, Transfer, lock,
-                           part_paths, read_note, read_object)
+from data.transfer import (ArchiveError, Busy, File, Part, Refused, Stopped, Transfer, part_paths,
+                           read_note)
 from data.whole_file import Damaged, Helper, inspect
 
-MANIFEST = "manifest.json"
-SYNC_EVERY_S = 0.5
 # Subjects in a row that the archive was too busy for, with no file from it all the while, end the
 # run: that is an outage, and the others would only be skipped one by one. One could be a bad file.
 BUSY_SUBJECTS = 3
-Content = dict[str, dict[str, Any]]
-Change = Callable[[Content], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
 
 log = logging.getLogger("preprocess.openneuro")  # the command that shows what this module says
-
-
-class Manifest:
-    """`manifest.json`: which files are whole and where from, and which subjects are done with.
-
-    `tag` is the snapshot. `files` maps a name to url, size, md5, sha256, id, tag, time, mtime_ns
-    and, of files that a run was to keep, kept; `subjects` maps a label to the time, the caller's
-    note and the same of the files that were used and deleted. Processes may share it.
-    """
-
-    def __init__(self, root: Path, tag: str):
-        self.path, self.tag = root / MANIFEST, tag
-        self._lock = threading.Lock()
-        self._seen: tuple[int, ...] = ()  # which file `content` was read from
-        self._later: list[Change] = []  # in `content`, not yet on disk
-        self._written = 0.0
-        self.content: Content = {"files": {}, "subjects": {}}
-        if any(root.glob(f"{MANIFEST}.*.tmp")):
-            with _locked_folder(root):
-                self._sweep()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Learn what other processes have written."""
-        with self._lock:
-            self._read()
-
-    def file(self, name: str) -> dict[str, Any]:
-        """The entry of a file, {} if there is none."""
-        return self.content["files"].get(name, {})
-
-    def finished(self, subject: str) -> dict[str, Any]:
-        """Name to entry of the files of a subject that was finished, {} if it was not."""
-        return _objects(self.content["subjects"].get(subject, {}).get("files"))
-
-    def note(self, subject: str) -> dict[str, Any]:
-        """What the caller noted of a subject that was finished, {} if nothing."""
-        noted = self.content["subjects"].get(subject, {}).get("note")
-        return noted if isinstance(noted, dict) else {}
-
-    def update(self, change: Change, *, later: bool = False) -> bool:
-        """Apply a change to what is on disk now, and write it whole; returns whether it is written.
-
-        `later` lets it wait for another one, or for `flush`, if the last writing was just now: a
-        line a file would make hundreds of small files a second wait for the disk.
-        """
-        with self._lock:
-            if later and time.monotonic() - self._written < SYNC_EVERY_S:
-                self.content = _changed(self.content, [change])
-                self._later.append(change)
-                return False
-            self._write([*self._later, change])
-        return True
-
-    def flush(self) -> None:
-        """Write what was to wait."""
-        with self._lock:
-            if self._later:
-                self._write(self._later)
-
-    def _write(self, changes: list[Change]) -> None:
-        with _locked_folder(self.path.parent):
-            self._later = []
-            self._read(again=True)
-            content = _changed(self.content, changes)
-            self._sweep()
-            write_atomically(self.path, _manifest_text(self.tag, content).encode())
-            self.content, self._seen = content, self._identity()
-            self._written = time.monotonic()
-
-    def _sweep(self) -> None:
-        """Remove what a killed process has left; who writes holds the folder's lock."""
-        for left in self.path.parent.glob(f"{MANIFEST}.*.tmp"):
-            left.unlink(missing_ok=True)
-
-    def _read(self, again: bool = False) -> None:
-        seen = self._identity()
-        if again or seen != self._seen:
-            found = read_object(self.path)
-            content = {key: _objects(found.get(key)) for key in ("files", "subjects")}
-            self.content, self._seen = _changed(content, self._later), seen
-
-    def _identity(self) -> tuple[int, ...]:
-        """Changes with every writing, as each makes a new file."""
-        try:
-            stat = self.path.stat()
-        except FileNotFoundError:
-            return ()
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-
-def _changed(content: Content, changes: list[Change]) -> Content:
-    """A copy with the changes made."""
-    copy = {key: dict(members) for key, members in content.items()}
-    for change in changes:
-        change(copy)
-    return copy
-
-
-def _manifest_text(tag: str, content: dict[str, dict[str, Any]]) -> str:
-    """JSON with a line a file; an indent would take json's slow way, 20 times slower."""
-    parts = [f'{{"format": "openneuro-manifest", "version": 1, "tag": {json.dumps(tag)}']
-    for key, members in content.items():
-        lines = (f"{json.dumps(name)}: {json.dumps(members[name])}" for name in sorted(members))
-        parts.append(f'"{key}": {{\n' + ",\n".join(lines) + "}")
-    return ",\n".join(parts) + "}\n"
-
-
-def _objects(found: Any) -> dict[str, Any]:
-    """The members of a JSON object that are objects, none where it is something else."""
-    members = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in members if isinstance(value, dict)}
-
-
-@contextlib.contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, where folders can be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows
-        yield
-        return
-    try:
-        lock(handle, wait=True)
-        yield
-    finally:
-        os.close(handle)
 
 
 @dataclass(eq=False)
@@ -348,8 +216,8 @@ class Download:
                     before = {} if subject in self.plan.subjects else content["subjects"].get(
                         subject.subject, {})  # of its other sessions
                     content["subjects"][subject.subject] = {
-                        "time": _now(), "files": {**_objects(before.get("files")), **entries},
-                        "note": {**_objects(before.get("note")), **(note or {})}}
+                        "time": _now(), "files": {**objects(before.get("files")), **entries},
+                        "note": {**objects(before.get("note")), **(note or {})}}
 
             self._manifest.update(mark)
             self._delete(ours)

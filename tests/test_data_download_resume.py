@@ -15,8 +15,9 @@ import pytest
 
 pytest.importorskip("graphql", reason="the local server needs graphql-core")
 
-from data import download, openneuro  # noqa: E402
+from data import openneuro  # noqa: E402
 from data.download import Download  # noqa: E402
+from data.manifest import Manifest  # noqa: E402
 from data.openneuro import Archive, make_plan  # noqa: E402
 from data.transfer import ArchiveError  # noqa: E402
 from openneuro_server import Fault, Hold, OpenNeuro  # noqa: E402
@@ -283,10 +284,10 @@ def test_two_processes_share_a_folder(server, tree, tmp_path):
 
 
 def test_two_writers_of_a_manifest_lose_nothing(tmp_path):
-    first, second = download.Manifest(tmp_path, "1.0.0"), download.Manifest(tmp_path, "1.0.0")
+    first, second = Manifest(tmp_path, "1.0.0"), Manifest(tmp_path, "1.0.0")
     first.update(lambda content: content["files"].update(a={"size": 1}))
     second.update(lambda content: content["files"].update(b={"size": 2}))
-    third = download.Manifest(tmp_path, "1.0.0")
+    third = Manifest(tmp_path, "1.0.0")
     assert third.content["files"] == {"a": {"size": 1}, "b": {"size": 2}}
 
 
@@ -351,7 +352,7 @@ def test_a_notes_symbolic_link_is_not_followed(server, tree, tmp_path):
 
 
 def test_a_change_that_waits_survives_the_writing_of_others(tmp_path):
-    first, second = download.Manifest(tmp_path, "1.0.0"), download.Manifest(tmp_path, "1.0.0")
+    first, second = Manifest(tmp_path, "1.0.0"), Manifest(tmp_path, "1.0.0")
     assert first.update(lambda content: content["files"].update(a={"size": 1}), later=True)
     assert not first.update(lambda content: content["files"].update(b={"size": 2}), later=True)
     assert second.update(lambda content: content["files"].update(c={"size": 3}))
@@ -364,7 +365,7 @@ def test_a_change_that_waits_survives_the_writing_of_others(tmp_path):
 
 def test_small_files_share_a_writing_of_the_manifest_and_a_kill_before_it_loses_none(
         crowd, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "SYNC_EVERY_S", 60)
+    monkeypatch.setattr("data.manifest.SYNC_EVERY_S", 60)
     crowd.log.clear()
     with Archive(crowd.api_url, crowd.s3_url, QUICK) as archive:
         plan = make_plan(archive.snapshot(f"{DATASET}:1.0.0"))
