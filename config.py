@@ -31,13 +31,15 @@ FREE_ON_RESUME = ("slices", "run", "epochs", "epochs_decay", "max_steps", "devic
 # ... and what it cannot, whatever is asked for: the weights would not fit.
 FIXED_ON_RESUME = ("features", "blocks", "upsample")
 # What a checkpoint that knows nothing of an option was trained with.
-BEFORE_THERE_WAS = {"start_pairs": 0, "balance": False, "standardise": "none", "deform": 0.0,
+BEFORE_THERE_WAS = {"start_pairs": 0, "balance": False, "standardise": "none",
+                    "standardise_targets": "none", "deform": 0.0,
                     "keep_background": False, "lambda_structure": 0.0}
 # `--recipe`: the defaults, and Zhu et al. 2017 to the letter (sec. 4, 5.2 and 7.1; identity weight
 # half of the cycle's)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {}, "paper": {"lambda_identity": 5.0, "ema": 0.0, "start_pairs": 0,
-                             "balance": False, "standardise": "none", "deform": 0.0,
+                             "balance": False, "standardise": "none",
+                             "standardise_targets": "none", "deform": 0.0,
                              "keep_background": False, "lambda_structure": 0.0}}
 
 
@@ -63,6 +65,7 @@ class TrainConfig:
     strict_unpaired: bool = False
     balance: bool = True
     standardise: str = "t1w"
+    standardise_targets: str = "none"
     flip: bool = True
     deform: float = 1.0
     features: int = 64
@@ -100,6 +103,8 @@ HELP = {
         "standardise": "contrasts whose volumes the nets are shown with one histogram, the mean of "
                        "training (landmarks of Nyul and Udupa 1999), here and wherever the "
                        "checkpoint is used",
+        "standardise_targets": "contrasts whose slices have that histogram where D judges them and "
+                               "where the cycle is to come back to, whatever they are shown with",
         "flip": "mirror slices left to right at random",
         "deform": "turn, scale, shift and bend slices at random: 1 is up to 10 degrees, 8 %%, 4 %% "
                   "of the side, 3 of 128 pixels; 0 is off",
@@ -144,7 +149,8 @@ HELP = {
     },
 }
 CHOICES = {"gan_loss": GAN_KINDS, "upsample": UPSAMPLING, "precision": PRECISIONS,
-           "compile": ("auto", "yes", "no"), "standardise": tuple(STANDARDISED)}
+           "compile": ("auto", "yes", "no"), "standardise": tuple(STANDARDISED),
+           "standardise_targets": tuple(STANDARDISED)}
 
 
 def parse_args(argv: list[str] | None,

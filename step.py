@@ -40,6 +40,8 @@ WARM_UPS = 3  # updates before a graph is recorded: compilation and the optimise
 def train_step(t: Training, real_x: Tensor, real_y: Tensor) -> Tensor:
     """One update from slices (N, 1, H, W) in [-1, 1], and the counters after it.
 
+    Slices (N, 2, H, W) are as the nets are shown them, and as D and the cycle see them.
+
     Returns the unweighted terms in the order of `TERMS`, then what `WATCHED` names, (19,) float32,
     without waiting for a GPU.
     """
@@ -70,24 +72,25 @@ def update(t: Training, real_x: Tensor, real_y: Tensor, exchange: Tensor,
     """
     c = t.config
     n = len(real_x)
+    real_x, real_y, aim_x, aim_y = real_x[:, :1], real_y[:, :1], real_x[:, -1:], real_y[:, -1:]
     with_identity = c.lambda_identity > 0
 
     # G and F: fool D, come back, leave the target domain alone (eq. 3 with sec. 5.2), keep edges.
     t.optimizers["generators"].zero_grad(set_to_none=True)
     with t.autocast():
         # one pass for translation and identity: instance norm keeps the slices of a batch apart
-        from_x = t.G(torch.cat([real_x, real_y]) if with_identity else real_x)
-        from_y = t.F(torch.cat([real_y, real_x]) if with_identity else real_y)
+        from_x = t.G(torch.cat([real_x, aim_y]) if with_identity else real_x)
+        from_y = t.F(torch.cat([real_y, aim_x]) if with_identity else real_y)
         fake_y, fake_x = from_x[:n], from_y[:n]
         cycled_x, cycled_y = t.F(fake_y), t.G(fake_x)
         scores_y, scores_x = t.judge(t.nets.D_Y, fake_y), t.judge(t.nets.D_X, fake_x)
     gan_g, gan_f = (generator_loss(scores, c.gan_loss) for scores in (scores_y, scores_x))
-    cycle_x, cycle_y = cycle_loss(real_x, cycled_x), cycle_loss(real_y, cycled_y)
+    cycle_x, cycle_y = cycle_loss(aim_x, cycled_x), cycle_loss(aim_y, cycled_y)
     loss = gan_g + gan_f + c.lambda_cycle[0] * cycle_x + c.lambda_cycle[1] * cycle_y
     identity_x = identity_y = structure_x = structure_y = torch.zeros((), device=real_x.device)
     if with_identity:
-        identity_x = identity_loss(real_x, from_y[n:])
-        identity_y = identity_loss(real_y, from_x[n:])
+        identity_x = identity_loss(aim_x, from_y[n:])
+        identity_y = identity_loss(aim_y, from_x[n:])
         loss = loss + c.lambda_identity * (identity_x + identity_y)
     if c.lambda_structure > 0:  # of the T1w and the T2w that were translated
         structure_x, structure_y = structure_loss(real_x, fake_y), structure_loss(real_y, fake_x)
@@ -105,8 +108,8 @@ def update(t: Training, real_x: Tensor, real_y: Tensor, exchange: Tensor,
     old_x = t.history["x"].exchange(fake_x, *exchange[:2])
     old_y = t.history["y"].exchange(fake_y, *exchange[2:])
     with t.autocast():
-        on_x = t.D_X(torch.cat([real_x, old_x]))
-        on_y = t.D_Y(torch.cat([real_y, old_y]))
+        on_x = t.D_X(torch.cat([aim_x, old_x]))
+        on_y = t.D_Y(torch.cat([aim_y, old_y]))
     loss_d_x = discriminator_loss(on_x[:n], on_x[n:], c.gan_loss)
     loss_d_y = discriminator_loss(on_y[:n], on_y[n:], c.gan_loss)
     t.scaler.scale(loss_d_x + loss_d_y).backward()

@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -100,13 +101,15 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
         record["training"] = training_figures(store)
     state, last = find_resume(config, args, record)
     seen = training_sessions(store, config.strict_unpaired)
-    standard = find_histograms(config, store, state, seen)
+    standard, targets = find_histograms(config, store, state, seen)
     if standard:
         record["standard"] = standard.standard.record()
+    if targets:
+        record["standard_targets"] = targets.standard.record()
     loader = UnpairedBatches(store, batch_size=config.batch_size, seed=config.seed,
                              steps_per_epoch=config.steps_per_epoch, rank=process.rank,
                              world=process.world, strict=config.strict_unpaired,
-                             balanced=config.balance, standard=standard)
+                             balanced=config.balance, standard=standard, targets=targets)
     quantiles = intensity_quantiles(store, sessions=seen,
                                     standard=standard.standard if standard else None)
     t = Training(config, process, loader.steps_per_epoch, record, quantiles, standard)
@@ -166,16 +169,27 @@ def name_slices(store: SliceStore, loader: UnpairedBatches, epoch: int, epoch_st
 
 
 def find_histograms(config: TrainConfig, store: SliceStore, state: dict[str, Any] | None,
-                    seen: Mapping[str, Sequence[dict[str, Any]]]) -> StandardRows | None:
-    """What histograms the nets are shown slices with: on resume those that they know.
+                    seen: Mapping[str, Sequence[dict[str, Any]]],
+                    ) -> tuple[StandardRows | None, StandardRows | None]:
+    """What histograms the nets are shown slices with, and targets that differ: known on resume.
 
     `seen` are the sessions that slices of each contrast are drawn from.
     """
-    contrasts = STANDARDISED[config.standardise]
-    known = Standard.of_record(state["preprocessing"]) if state else None
-    wanted = {c: known.wanted[c] for c in contrasts if known and c in known.wanted}
-    wanted |= find_standard(store, [c for c in contrasts if c not in wanted], seen).wanted
-    return StandardRows(store, Standard(wanted)) if contrasts else None
+    inputs = STANDARDISED[config.standardise]
+    targets = [c for c in STANDARDISED[config.standardise_targets] if c not in inputs]
+    known: dict[str, np.ndarray] = {}
+    record = state["preprocessing"] if state else {}
+    for name in ("standard", "standard_targets"):
+        before = Standard.of_record({"standard": record.get(name)})
+        known |= before.wanted if before else {}
+    missing = [c for c in (*inputs, *targets) if c not in known]
+    wanted = known | find_standard(store, missing, seen).wanted
+
+    def standard(contrasts: Sequence[str]) -> StandardRows | None:
+        found = {c: wanted[c] for c in contrasts if c in wanted}
+        return StandardRows(store, Standard(found)) if contrasts else None
+
+    return standard(inputs), standard(targets)
 
 
 def loop(t: Training, loader: UnpairedBatches, store: SliceStore, run_log: RunLog,

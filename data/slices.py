@@ -46,6 +46,8 @@ class UnpairedBatches:
         volume has fewer slices than the step takes of it), of those with many each pass takes
         others
     standard : what histograms slices are shown with; None leaves them as they are stored
+    targets : those of its contrasts come twice, side by side as channels: as they are shown, and
+        with this histogram
 
     Raises
     ------
@@ -55,7 +57,8 @@ class UnpairedBatches:
 
     def __init__(self, store: SliceStore, *, batch_size: int, steps_per_epoch: int = 0,
                  seed: int = 0, rank: int = 0, world: int = 1, strict: bool = False,
-                 balanced: bool = False, standard: StandardRows | None = None) -> None:
+                 balanced: bool = False, standard: StandardRows | None = None,
+                 targets: StandardRows | None = None) -> None:
         spans = _half_spans(store) if strict else (store.spans("train"),) * 2
         self._slices = tuple(Spans(each) for each in spans)
         self._taken = batch_size * world
@@ -65,9 +68,11 @@ class UnpairedBatches:
                              f"{' in one of its halves' if strict else ''}, a step of {world} x "
                              f"{batch_size} needs {self._taken}; take a smaller --batch-size")
         self._readers = RowReader(store.t1w), RowReader(store.t2w)
-        self._shape = 1, *store.t1w.shape[1:]
+        wanted = targets.standard.wanted if targets else {}
+        self._shapes = tuple((2 if name in wanted else 1, *store.t1w.shape[1:])
+                             for name in CONTRASTS)
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
-        self._balanced, self._standard = balanced, standard
+        self._balanced, self._standard, self._targets = balanced, standard, targets
         self._steps_a_pass = fewest // self._taken
         self.steps_per_epoch = steps_per_epoch or self._steps_a_pass
         self._orders: dict[tuple[int, int, int, int], np.ndarray] = {}
@@ -82,6 +87,8 @@ class UnpairedBatches:
     def batches(self, epoch: int, first_step: int = 0, workers: int = 1, *, half: bool = False,
                 pin: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield real_x, real_y, each (N, 1, H, W) in [-1, 1], from `first_step` to the end.
+
+        With `targets` (N, 2, H, W): as it is shown, and the target.
 
         Parameters
         ----------
@@ -117,8 +124,8 @@ class UnpairedBatches:
 
     def _buffers(self, steps: int, dtype: torch.dtype, pin: bool) -> tuple[Tensor, Tensor]:
         """Make two (steps, N, 1, H, W) to read into; not in a thread, which has no GPU set."""
-        shape = (steps, self._batch_size, *self._shape)
-        x, y = (torch.empty(shape, dtype=dtype, pin_memory=pin) for _ in range(2))
+        x, y = (torch.empty((steps, self._batch_size, *shape), dtype=dtype, pin_memory=pin)
+                for shape in self._shapes)
         return x, y
 
     def _load(self, epoch: int, steps: range, real_x: Tensor,
@@ -128,15 +135,20 @@ class UnpairedBatches:
         for reader, buffer, steps_rows, contrast in zip(self._readers, (real_x, real_y), drawn,
                                                         CONTRASTS):
             rows = np.concatenate(steps_rows)
-            out = buffer.numpy().reshape(-1, *self._shape[1:])
-            stored = out if out.dtype == np.float16 else np.empty_like(out, dtype=np.float16)
+            out = buffer.numpy().reshape(-1, *buffer.shape[2:])
+            is_stored = out.dtype == np.float16 and out.shape[1] == 1
+            stored = out[:, 0] if is_stored else np.empty((len(rows), *out.shape[2:]), np.float16)
             reader.read_into(stored, rows)
+            if out.shape[1] == 2 and self._targets:
+                aimed_at = stored.copy()
+                self._targets.show(aimed_at, rows, contrast)
+                np.copyto(out[:, 1], aimed_at)
             if self._standard:
                 self._standard.show(stored, rows, contrast)
-            if stored is not out:
+            if not is_stored:
                 # by NumPy: torch would do it with threads of its own, which those that train on
                 # the same cores would have to wait for
-                np.copyto(out, stored)
+                np.copyto(out[:, 0], stored)
         return real_x, real_y
 
     def _rows(self, epoch: int, turn: int, domain: int, first: int) -> np.ndarray:

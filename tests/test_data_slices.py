@@ -206,6 +206,24 @@ def test_slices_are_shown_with_the_standard_histogram_of_their_volumes(slices, h
     assert step == plain.steps_per_epoch - 1
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_targets_come_beside_what_is_shown(slices, half, workers):
+    standard = StandardRows(slices, find_standard(slices, ["t1w"]))
+    targets = StandardRows(slices, find_standard(slices, ["t2w"]))
+    plain = UnpairedBatches(slices, batch_size=3)
+    batches = UnpairedBatches(slices, batch_size=3, standard=standard, targets=targets)
+    for step, (x, y) in enumerate(batches.batches(1, workers=workers, half=half)):
+        t1w, t2w = (to_tensor(array[rows]).half()
+                    for array, rows in zip((slices.t1w, slices.t2w), plain.rows(1, step)))
+        rows_x, rows_y = plain.rows(1, step)
+        assert torch.equal(x.half(), shown(t1w, rows_x, "t1w", standard))
+        assert torch.equal(y[:, :1].half(), t2w)
+        assert torch.equal(y[:, 1:].half(), shown(t2w, rows_y, "t2w", targets))
+        assert y.dtype == (torch.float16 if half else torch.float32) and y.shape[:2] == (3, 2)
+        assert not torch.equal(y[:, :1], y[:, 1:])
+
+
 def test_strictly_unpaired_halves_are_told_by_contrast_and_no_other_head_is_looked_at(tmp_path):
     folder = write_store(tmp_path / "slices", {"train": ["01", "02", "03", "04"]})
     store = SliceStore(folder)

@@ -27,18 +27,23 @@ class Textbook:
         self.lambda_identity, self.history = lambda_identity, history
         self.lambda_structure = lambda_structure
 
-    def step(self, x, y):
-        """Returns the terms in the order of `TERMS`; the gradients stay in the parameters."""
+    def step(self, x, y, aim_x=None, aim_y=None):
+        """Returns the terms in the order of `TERMS`; the gradients stay in the parameters.
+
+        `aim_x`, `aim_y`: the slices as D and the cycle see them, where not as they are translated.
+        """
+        aim_x, aim_y = x if aim_x is None else aim_x, y if aim_y is None else aim_y
+
         def l1(a, b):
             return (a - b).abs().mean()
 
         gan_g = ((self.D_Y(self.G(x)) - 1) ** 2).mean()
         gan_f = ((self.D_X(self.F(y)) - 1) ** 2).mean()
-        cycle_x, cycle_y = l1(self.F(self.G(x)), x), l1(self.G(self.F(y)), y)
+        cycle_x, cycle_y = l1(self.F(self.G(x)), aim_x), l1(self.G(self.F(y)), aim_y)
         same_x = same_y = torch.zeros(())
         loss = gan_g + gan_f + 10 * cycle_x + 10 * cycle_y
         if self.lambda_identity:
-            same_x, same_y = l1(self.F(x), x), l1(self.G(y), y)
+            same_x, same_y = l1(self.F(aim_x), aim_x), l1(self.G(aim_y), aim_y)
             loss = loss + self.lambda_identity * (same_x + same_y)
         kept_x = kept_y = torch.zeros(())
         if self.lambda_structure:
@@ -49,8 +54,8 @@ class Textbook:
         self._update(self.adam_g, self.generators, loss)
 
         old_x, old_y = self.history["x"].query(fake_x), self.history["y"].query(fake_y)
-        d_x = (((self.D_X(x) - 1) ** 2).mean() + (self.D_X(old_x) ** 2).mean()) / 2
-        d_y = (((self.D_Y(y) - 1) ** 2).mean() + (self.D_Y(old_y) ** 2).mean()) / 2
+        d_x = (((self.D_X(aim_x) - 1) ** 2).mean() + (self.D_X(old_x) ** 2).mean()) / 2
+        d_y = (((self.D_Y(aim_y) - 1) ** 2).mean() + (self.D_Y(old_y) ** 2).mean()) / 2
         self._update(self.adam_d, self.discriminators, d_x + d_y)
         return [gan_g, gan_f, cycle_x, cycle_y, same_x, same_y, kept_x, kept_y, d_x, d_y]
 
@@ -64,14 +69,16 @@ class Textbook:
 
 @pytest.mark.parametrize("lambda_identity, lambda_structure",
                          [(0.1, 1.5), (0.1, 0.0), (0.0, 0.0), (5.0, 3.0)])
-@pytest.mark.parametrize("n", [1, 3])
-def test_one_step_is_the_textbooks_step(lambda_identity, lambda_structure, n):
+@pytest.mark.parametrize("n, aimed", [(1, ""), (3, ""), (2, "y"), (1, "xy")])
+def test_one_step_is_the_textbooks_step(lambda_identity, lambda_structure, n, aimed):
     t = alone(replace(CONFIG, lambda_identity=lambda_identity, lambda_structure=lambda_structure))
     book = Textbook(t.nets, lambda_identity, {k: ImageHistory(50) for k in "xy"},
                     lambda_structure=lambda_structure)
     real_x, real_y = draw_slices(n)
-    terms = train_step(t, real_x, real_y)[:len(TERMS)]
-    wanted = book.step(real_x, real_y)
+    aims = [a if name in aimed else None for name, a in zip("xy", draw_slices(n, seed=9))]
+    terms = train_step(t, *(real if aim is None else torch.cat([real, aim], 1)
+                            for real, aim in zip((real_x, real_y), aims)))[:len(TERMS)]
+    wanted = book.step(real_x, real_y, *aims)
     torch.testing.assert_close(terms, torch.stack(wanted).detach(), atol=1e-6, rtol=1e-5)
     for name in ("G", "F", "D_X", "D_Y"):
         ours = dict(getattr(t.nets, name).named_parameters())

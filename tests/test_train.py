@@ -207,6 +207,55 @@ def test_the_nets_are_shown_standard_histograms_in_training(run, slices, monkeyp
     assert number == 1
 
 
+@pytest.mark.parametrize("options, channels, apart", [
+    (("--standardise", "none"), (2, 2), ["t1w", "t2w"]), ((), (1, 2), ["t2w"]),
+    (("--standardise", "both"), (1, 1), [])])
+def test_targets_have_standard_histograms_whatever_is_shown(run, slices, tmp_path, monkeypatch,
+                                                            options, channels, apart):
+    seen, step = [], train.train_step
+
+    def watched(t, *real):
+        seen.append(real)
+        return step(t, *(r.clone() for r in real))
+
+    monkeypatch.setattr(train, "train_step", watched)
+    assert run("--max-steps", 2, "--no-flip", "--deform", 0, "--standardise-targets", "both",
+               *options).code == 0
+    store = SliceStore(slices)
+    targets = StandardRows(store, find_standard(store))
+    loader = UnpairedBatches(store, batch_size=1, balanced=True)
+    for number, real in enumerate(seen):
+        assert tuple(r.shape[1] for r in real) == channels
+        for rows, array, name, found in zip(loader.rows(0, number), (store.t1w, store.t2w),
+                                            ("t1w", "t2w"), real):
+            wanted = shown(to_tensor(array[rows]).half(), rows, name, targets).float()
+            torch.testing.assert_close(found[:, -1:], wanted, rtol=0, atol=1e-3)
+            assert torch.equal(found[:, :1], to_tensor(array[rows])) == (name in apart)
+    record = checkpoint.load(tmp_path / "run" / "best.pt")["preprocessing"]
+    kept = record.get("standard_targets", {})
+    assert [name for name in ("t1w", "t2w") if name in kept] == apart
+    for name in apart:  # what the nets are shown in use has nothing to do with it
+        assert kept[name] == targets.standard.record()[name]
+        assert name not in record.get("standard", {})
+
+
+def test_a_run_goes_on_with_the_targets_that_it_began_with(run, tmp_path):
+    def record():
+        return checkpoint.load(tmp_path / "run" / "last.pt")["preprocessing"]
+
+    run("--max-steps", 1, "--standardise-targets", "both")
+    before = record()
+    others = write_store(tmp_path / "others", {**SPLITS, "train": ["01", "02", "06"],
+                                               "test": ["03"]})
+    assert run("--max-steps", 2, "--override", "--standardise-targets", "both",
+               store=others).code == 0
+    assert record()["standard_targets"] == before["standard_targets"]
+    assert run("--max-steps", 3, "--override", "--standardise", "both", "--standardise-targets",
+               "both", store=others).code == 0
+    assert record()["standard"]["t2w"] == before["standard_targets"]["t2w"]
+    assert "standard_targets" not in record()
+
+
 def test_other_contrasts_to_standardise_leave_those_that_the_nets_know(run, tmp_path):
     def landmarks():
         return checkpoint.load(tmp_path / "run" / "last.pt")["preprocessing"]["standard"]
