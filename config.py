@@ -50,9 +50,10 @@ class TrainConfig:
     What differs from the paper, and why (figures: benchmarks/RECIPES.md): background is kept
     (`keep_background`) and so are edges (`lambda_structure`); a first guess leads the first slices
     (`start_pairs`); slices are deformed (`deform`) and drawn so that volumes count alike
-    (`balance`); T1w are shown with one histogram (`standardise`); the identity weight is 0.1 (T1w
-    and T2w contrast is inverted, and on real heads a weight of 5 taught copying); G and F are
-    averaged for use (`ema`). `--recipe paper` undoes it all.
+    (`balance`); T1w are shown with one histogram (`standardise`), and D and the cycle see both
+    contrasts with one (`standardise_targets`); the identity weight is 0.1 (T1w and T2w contrast is
+    inverted, and on real heads a weight of 5 taught copying); G and F are averaged for use (`ema`).
+    `--recipe paper` undoes it all.
     """
 
     slices: str = "slices"
@@ -65,7 +66,7 @@ class TrainConfig:
     strict_unpaired: bool = False
     balance: bool = True
     standardise: str = "t1w"
-    standardise_targets: str = "none"
+    standardise_targets: str = "both"
     flip: bool = True
     deform: float = 1.0
     features: int = 64

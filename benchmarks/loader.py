@@ -212,7 +212,9 @@ def read_as_trained(store: SliceStore, batch: int, workers: int, *, half: bool,
                     pin: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Batches of the store without end, as training reads them by default."""
     standard = StandardRows(store, find_standard(store, STANDARDISED[TrainConfig.standardise]))
-    loader = UnpairedBatches(store, batch_size=batch, steps_per_epoch=10 ** 9,
+    others = set(STANDARDISED[TrainConfig.standardise_targets]) - set(standard.standard.wanted)
+    targets = StandardRows(store, find_standard(store, sorted(others)))
+    loader = UnpairedBatches(store, batch_size=batch, steps_per_epoch=10 ** 9, targets=targets,
                              balanced=TrainConfig.balance, standard=standard)
     return loader.batches(0, 0, workers, half=half, pin=pin)
 

@@ -23,6 +23,7 @@ def test_the_defaults_are_the_papers_but_for_what_is_said():
     assert (c.epochs, c.epochs_decay, c.features, c.upsample) == (100, 100, 64, "transpose")
     assert (c.lambda_identity, c.ema, c.start_pairs, c.lambda_start) == (0.1, 0.999, 500, 10.0)
     assert c.keep_background and c.balance and c.standardise == "t1w"
+    assert c.standardise_targets == "both"
     assert (c.lambda_structure, c.deform) == (1.5, 1.0)
 
 
@@ -30,7 +31,7 @@ def test_the_papers_recipe_undoes_what_differs_and_stands_below_file_and_line(tm
     paper = parse_args(["--recipe", "paper"])[0]
     assert (paper.lambda_identity, paper.ema, paper.start_pairs) == (5.0, 0.0, 0)
     assert not (paper.keep_background or paper.deform or paper.lambda_structure or paper.balance)
-    assert paper.standardise == "none"
+    assert paper.standardise == paper.standardise_targets == "none"
     path = tmp_path / "c.toml"
     path.write_text("ema = 0.9\nlambda_identity = 2\n")
     mixed = parse_args(["--recipe", "paper", "--config", str(path), "--lambda-identity", "1"])[0]
