@@ -186,12 +186,7 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
     """
     parts = list(paired_slices(store, session, batch_size))
     real_x, real_y, mask = (torch.cat(column) for column in zip(*parts))
-    for name, real in (("t1w.npy", real_x), ("t2w.npy", real_y)):
-        broken = torch.nonzero(~real.isfinite().flatten(1).all(1)).flatten()
-        if len(broken):
-            raise ValueError(f"{store.folder / name}: row {session['first_row'] + int(broken[0])} "
-                             f"({session['id']}) is NaN or infinite; delete the store and run "
-                             "preprocess.py again")
+    _check_stored(store, session, real_x, real_y)
     reals = dict(zip(DIRECTIONS, ((real_x, real_y), (real_y, real_x))))
     records: list[Record] = []
     of_lesions: list[Record] = []
@@ -223,6 +218,17 @@ def measure_session(store: SliceStore, session: dict[str, Any], methods: Iterabl
         for name in {"psnr_db", "rescaled_psnr_db"} & record.keys():
             record[name] = min(record[name], PSNR_CAP_DB)
     return records, translated, of_lesions
+
+
+def _check_stored(store: SliceStore, session: dict[str, Any], real_x: Tensor,
+                  real_y: Tensor) -> None:
+    """Raise ValueError for a stored slice that is NaN or infinite: no net is to blame for it."""
+    for name, real in (("t1w.npy", real_x), ("t2w.npy", real_y)):
+        broken = torch.nonzero(~real.isfinite().flatten(1).all(1)).flatten()
+        if len(broken):
+            raise ValueError(f"{store.folder / name}: row {session['first_row'] + int(broken[0])} "
+                             f"({session['id']}) is NaN or infinite; delete the store and run "
+                             "preprocess.py again")
 
 
 def in_batches(translate: Translate, slices: Tensor, batch_size: int) -> Tensor:
