@@ -28,7 +28,8 @@ import console
 from data import bids, brain
 from data.bias import bias_correction_of
 from data.slices import paired_subjects
-from data.store import SPLITS, SliceStore, read_skipped, read_table, scans_of
+from data.splits import SPLITS
+from data.store import SliceStore, read_skipped, read_table, scans_of
 from device import PRECISIONS, Process, first_speaks, start_process
 from evaluation import Evaluation
 from measuring import person

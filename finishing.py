@@ -17,9 +17,11 @@ import numpy as np
 
 import console
 from data import store
+from data.atomic import write_atomically
 from data.ledger import merge_sources
 from data.shards import Record
 from data.sources import Person
+from data.splits import SPLITS, assign_splits
 from report.preprocessing import look_at, preprocessing_page
 
 log = logging.getLogger("preprocess.finishing")
@@ -49,7 +51,7 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> dict[str
                          + (f" (and {len(record.skipped) - 1} more)" if len(record.skipped) > 1
                             else ""))
     settled = {(r["dataset"], r["subject"]): r["split"] for r in settled_rows}
-    splits, said = store.assign_splits(
+    splits, said = assign_splits(
         [(r["dataset"], r["subject"]) for r in rows.values()], record.choice["split"],
         val=record.choice["val"], test=record.choice["test"], settled=settled)
     table = [{**row, "split": splits[row["dataset"], row["subject"]]} for row in rows.values()]
@@ -121,7 +123,7 @@ def print_table(out: Path, skipped: dict[str, str], said: list[str]) -> None:
     counts = opened.header["counts"]
     log.info("\n%s", out)
     log.info("%-8s %9s %9s %9s", "split", "subjects", "sessions", "slices")
-    for split in (*store.SPLITS, "all"):
+    for split in (*SPLITS, "all"):
         log.info("%-8s %9d %9d %9d", split, *(counts[what][split] for what in
                                               ("subjects", "sessions", "slices")))
     for line in said:
@@ -192,6 +194,6 @@ def draw(out: Path, *, again: bool = True) -> int:
     skipped = store.read_skipped(out)
     datasets = ", ".join(sorted({s["dataset"] for s in opened.subjects}))
     text = preprocessing_page(shown, skipped, f"Slices of {datasets}")
-    store.write_atomically(page, (mark + text).encode())
+    write_atomically(page, (mark + text).encode())
     log.info("report: %s", page)
     return console.DONE

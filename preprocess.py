@@ -32,6 +32,7 @@ from data.ledger import Ledger, of_rows, of_trees, refuse_namesakes
 from data.openneuro import API_VARIABLE, Archive
 from data.shards import Record, Shard
 from data.sources import Person, Snapshots, Trees
+from data.splits import assign_splits
 from data.subject import Settings
 from finishing import check, draw, finish, print_table, versions
 from preprocessing_jobs import How, Source, find_device, work
@@ -316,8 +317,8 @@ def open_source(args: argparse.Namespace) -> Iterator[Source]:
 def check_names(args: argparse.Namespace, people: list[Person]) -> None:
     """Refuse a name in `--val` or `--test` that fits nobody, before hours of work."""
     stored = store.read_table(args.out / "subjects.tsv")
-    store.assign_splits([*people, *((row["dataset"], row["subject"]) for row in stored)],
-                        args.split, val=args.val, test=args.test)
+    assign_splits([*people, *((row["dataset"], row["subject"]) for row in stored)],
+                  args.split, val=args.val, test=args.test)
 
 
 # ------------------------------------------------------------------------------------- working

@@ -20,7 +20,7 @@ from data.hdbet import ensure_weights
 from data.ledger import Ledger
 from data.sources import Arrival, Snapshots, Trees
 from data.subject import Settings, prepare
-from data.volume import NotNow
+from data.nifti import NotNow
 from data.workers import Workers
 
 log = logging.getLogger("preprocess.jobs")

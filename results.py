@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.store import write_atomically
+from data.atomic import write_atomically
 from evaluation import BINS, Evaluation, Measured
 from measuring import (DIRECTIONS, METHODS, METRICS, MODEL, PROTOCOLS, Record, over_slices, person,
                        select)

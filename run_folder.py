@@ -29,7 +29,9 @@ except ImportError:  # Windows: the user has to see to it that one run writes
     fcntl = None  # type: ignore[assignment]
 
 from config import BEFORE_THERE_WAS, FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig, flag, plain
-from data.store import SPLITS, SliceStore, scans_of, write_atomically
+from data.atomic import write_atomically
+from data.splits import SPLITS
+from data.store import SliceStore, scans_of
 from device import Process
 from models import checkpoint
 from report import progress

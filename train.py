@@ -32,10 +32,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import console
 import health
 from config import TrainConfig, parse_args, plain
+from data.atomic import write_atomically
 from data.contrast import intensity_quantiles, training_figures
 from data.histogram import STANDARDISED, Standard, StandardRows, find_standard
 from data.slices import UnpairedBatches, training_sessions
-from data.store import SliceStore, write_atomically
+from data.store import SliceStore
 from device import Process, first_speaks, peak_memory_gib, start_process
 from models import checkpoint
 from models.generator import default_blocks

@@ -37,8 +37,8 @@ from data import brain, derivatives
 from data.derivatives import read_record, sidecar, write_record
 from data.histogram import MOST_SLICES
 from data.subject import sha256
-from data.volume import (IntensityScale, Volume, image_like, read_volume, volume_from_image,
-                         write_like)
+from data.nifti import Volume, image_like, read_volume, volume_from_image, write_like
+from data.volume import IntensityScale
 from translation_jobs import (CYCLE, SCATTER, STARTED, SYNTHETIC, Job, direction_of,
                               given_mask_sha256, plan_files, plan_tree)
 from translator import (DIRECTIONS, EXTRACTIONS, PRECISIONS, Brain, NoExtractor, Translation,

@@ -18,9 +18,9 @@ from data import bids, brain, contrast
 from data.bias import bias_correction_of
 from data.histogram import Standard, volume_landmarks
 from data.subject import slices_kept
-from data.volume import (Grid, IntensityScale, Placement, Volume, crop_or_pad, fit_scale, grid_of,
-                         image_like, place, resample, restore, slicing_grid, to_slices,
-                         volume_from_image)
+from data.nifti import Grid, Volume, image_like, volume_from_image
+from data.volume import (IntensityScale, Placement, crop_or_pad, fit_scale, grid_of, place,
+                         resample, restore, slicing_grid, to_slices)
 from models.ensemble import Scatter, draw_looks
 
 if TYPE_CHECKING:  # a second and a half, in which `translate.py` has other work to do

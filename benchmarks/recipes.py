@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 import console
 from config import parse_args
 from data import store
+from data.atomic import write_atomically
 from measuring import CEILING, DIRECTIONS, FLOOR, MODEL, TABLE
 from models import checkpoint
 from summary import COPY_RATIO
@@ -145,8 +146,8 @@ def write_fold(whole: store.SliceStore, held_out: Sequence[str], folder: Path) -
         except OSError:  # another disk
             shutil.copyfile(whole.folder / name, folder / name)
     columns = (whole.folder / "subjects.tsv").read_text(encoding="utf-8").split("\n")[0]
-    store.write_atomically(folder / "subjects.tsv", store.table(columns.split("\t"), rows))
-    store.write_atomically(folder / "store.json", (json.dumps(header, indent=1) + "\n").encode())
+    write_atomically(folder / "subjects.tsv", store.table(columns.split("\t"), rows))
+    write_atomically(folder / "store.json", (json.dumps(header, indent=1) + "\n").encode())
     return folder
 
 
@@ -198,7 +199,7 @@ def claim(job: Job, fold: Path, args: argparse.Namespace) -> None:
                          "another --out, or delete the folder")
     else:
         job.folder.mkdir(parents=True, exist_ok=True)
-        store.write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
 
 
 def call(script: str, *options: object, log: Path) -> None:

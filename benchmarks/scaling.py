@@ -34,7 +34,8 @@ from painted_store import write_store
 
 import console
 from data.slices import UnpairedBatches
-from data.store import COLUMNS, FORMAT, SPLITS, VERSION, SliceStore, table
+from data.splits import SPLITS
+from data.store import COLUMNS, FORMAT, VERSION, SliceStore, table
 from device import choose_device
 from models.cyclegan import CycleGAN
 

@@ -35,7 +35,7 @@ from painted_scans import scaled, scan, translator, write_checkpoint
 from torch import nn
 
 import console
-from data.volume import read_volume
+from data.nifti import read_volume
 from models import checkpoint
 from translator import Translator, cut
 

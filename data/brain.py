@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from data.volume import NEGATIVE_SHARE, Volume, grid_of, read_volume, resample, same_grid
+from data.bias import NEGATIVE_SHARE
+from data.nifti import Volume, read_volume
+from data.volume import grid_of, resample, same_grid
 
 METHODS = ("hd-bet", "deepbet", "mask", "none")
 ADULT_ML = (800.0, 2000.0)  # brains of adults, with room for atrophy and for the cortical CSF

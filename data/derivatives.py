@@ -1,7 +1,7 @@
 """What is written beside a dataset: names, folders, descriptions and records of BIDS derivatives.
 
 Owns the names of files that are made from scans, and whether such a file is there already; voxels
-are `data/volume.py`'s. BIDS, "Derived datasets": https://bids-specification.readthedocs.io.
+are `data/nifti.py`'s. BIDS, "Derived datasets": https://bids-specification.readthedocs.io.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data import bids
-from data.store import write_atomically
+from data.atomic import write_atomically
 
 ENDING = re.compile(r"\.nii(\.gz)?$")
 

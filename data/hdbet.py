@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from data.brain import NoMemory
-from data.volume import Volume
+from data.nifti import Volume
 
 NAME = "brain extraction hd-bet"
 CHECKPOINT = "fold_all/checkpoint_final.pth"

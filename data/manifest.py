@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.store import write_atomically
+from data.atomic import write_atomically
 from data.transfer import lock, read_object
 
 MANIFEST = "manifest.json"

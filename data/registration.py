@@ -13,7 +13,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from data.volume import Grid, Volume, grid_of, resample, to_sitk
+from data.nifti import Grid, Volume
+from data.volume import grid_of, resample, to_sitk
 
 BINS = 40
 MAX_MOVE_MM = 30.0

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.store import PARTS, part_rows, read_table, write_atomically
+from data.atomic import write_atomically
+from data.store import PARTS, part_rows, read_table
 
 FOLDER = "shards"
 PACKED = "shards.packed"  # what FOLDER is called while it is removed

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from data.histogram import CONTRASTS, StandardRows
-from data.store import RowReader, SliceStore, rows_of, spans_of, split_value
+from data.splits import split_value
+from data.store import RowReader, SliceStore, rows_of, spans_of
 
 BLOCK = 128  # pairs that a thread reads at once, at least: a handover costs as much as reading 20
 # Up to so many slices a pass is shuffled as a whole (0.2 s, 16 MiB). Beyond, a place of the order

@@ -5,7 +5,7 @@ A folder of `store.json`, `subjects.tsv`, `skipped.tsv`, `t1w.npy`, `t2w.npy` (N
 of all three is the same place in the same head; rows stand in the order of the subjects' ids, a
 subject's from inferior to superior.
 
-Owns the format: writer, reader, check and split. It imports neither nibabel nor torch. A subject
+Owns the format: writer, reader and check. It imports neither nibabel nor torch. A subject
 arrives as one file in `parts/` (written whole or not at all), and `pack` turns parts and the arrays
 of before into new arrays behind one commit file, so a kill at any moment leaves either the old
 store, or the new one, or a commit that the next writer completes.
@@ -27,9 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from data.atomic import sync_folder, write_atomically, write_synced
+from data.splits import SPLITS
+
 FORMAT = "t1w-t2w-slices"
 VERSION = 1
-SPLITS = ("train", "val", "test")
 ARRAYS = ("t1w.npy", "t2w.npy", "mask.npy")
 TABLES = ("store.json", "subjects.tsv", "skipped.tsv")
 COUNTED = ("subjects", "sessions", "slices")
@@ -292,93 +294,6 @@ def _make_row(names: list[str], line: str) -> dict[Any, Any]:
     return row
 
 
-# ------------------------------------------------------------------------------------------ split
-
-
-def split_value(dataset: str, subject: str) -> float:
-    """A subject's place in [0, 1), the same wherever and whenever it is asked for."""
-    digest = hashlib.sha256(f"{dataset}/{subject}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2 ** 64
-
-
-def assign_splits(
-    subjects: Sequence[tuple[str, str]], fractions: Sequence[float], *,
-    val: Sequence[str] = (), test: Sequence[str] = (),
-    settled: dict[tuple[str, str], str] | None = None,
-) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """Put each subject into train, val or test by a stable hash of its name.
-
-    Parameters
-    ----------
-    subjects : (dataset, subject label) pairs; sessions of one subject are one pair
-    fractions : of train, val and test; they sum to 1
-    val, test : subjects named outright, as `01`, `sub-01` or `dataset/sub-01`; a split that is
-        named holds exactly these
-    settled : what an earlier run decided: new data never moves old subjects, not even to fill a
-        split
-
-    Returns
-    -------
-    splits : each pair's split
-    said : one line for each split that was empty: who was moved there, or that it stays empty
-
-    Raises
-    ------
-    ValueError : a name that fits no subject, or one in both lists
-    """
-    pairs = sorted(set(subjects))
-    named = {pair: "val" for name in val for pair in _named(name, pairs)}
-    for name in test:
-        for pair in _named(name, pairs):
-            if pair in named:
-                raise ValueError(f"subject '{name}' is in --val and in --test; keep it in one")
-            named[pair] = "test"
-    bounds = np.cumsum([0.0, *fractions])
-    closed = {s for s, names in (("val", val), ("test", test)) if names}
-    splits = {}
-    for pair in pairs:
-        hashed = SPLITS[int(np.searchsorted(bounds[1:-1], split_value(*pair), side="right"))]
-        before = (settled or {}).get(pair, hashed)
-        splits[pair] = named.get(pair, "train" if before in closed else before)
-    said = [line for split, fraction in ((0, 1), (2, fractions[2]), (1, fractions[1]))
-            if fraction > 0
-            for line in _fill(SPLITS[split], splits, bounds, {*named, *(settled or ())})]
-    return splits, said
-
-
-def _named(name: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    dataset, _, label = name.rpartition("/")
-    label = label.removeprefix("sub-")
-    fit = [p for p in pairs if p[1] == label and dataset in ("", p[0])]
-    fit = fit or [p for p in pairs if f"{p[0]}_sub-{p[1]}" == name]
-    if not fit:
-        have = ", ".join(f"sub-{s}" for _, s in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
-        raise ValueError(f"subject '{name}' of --val or --test is not there; there are {have}")
-    return fit
-
-
-def _fill(split: str, splits: dict[tuple[str, str], str], bounds: np.ndarray,
-          placed: Collection[tuple[str, str]]) -> list[str]:
-    """Give an empty split the subject whose hash lies nearest to its interval."""
-    if split in splits.values():
-        return []
-    held = list(splits.values())
-    # never take a split's last subject, nor one that the user or an earlier run has placed
-    free = [p for p in splits if p not in placed and held.count(splits[p]) > 1]
-    if not free:
-        return [f"split {split} stays empty: too few subjects that are free to move"]
-    low, high = bounds[SPLITS.index(split)], bounds[SPLITS.index(split) + 1]
-
-    def distance(pair: tuple[str, str]) -> tuple[float, tuple[str, str]]:
-        value = split_value(*pair)
-        return max(low - value, value - high, 0.0), pair
-
-    pair = min(free, key=distance)
-    said = f"split {split} was empty: sub-{pair[1]} of {pair[0]} moved there from {splits[pair]}"
-    splits[pair] = split
-    return [said]
-
-
 # ---------------------------------------------------------------------------------------- writing
 
 
@@ -537,9 +452,9 @@ def pack(folder: Path, header: dict[str, Any], subjects: list[dict[str, Any]],
         _write_array(folder / f"{name}.new", shapes[index], dtypes[index], blocks)
     full = {"format": FORMAT, "version": VERSION, **header, "layout": LAYOUT,
             "mask": "bits along W, most significant first", "counts": counts(rows)}
-    _write_synced(folder / "store.json.new", [(json.dumps(full, indent=1) + "\n").encode()])
-    _write_synced(folder / "subjects.tsv.new", [table(COLUMNS, rows)])
-    _write_synced(folder / "skipped.tsv.new", [table(
+    write_synced(folder / "store.json.new", [(json.dumps(full, indent=1) + "\n").encode()])
+    write_synced(folder / "subjects.tsv.new", [table(COLUMNS, rows)])
+    write_synced(folder / "skipped.tsv.new", [table(
         ("id", "reason"), [{"id": i, "reason": skipped[i]} for i in sorted(skipped)])])
     done = [f"{s['id']}.npz" for s in rows if s["id"] in fresh]
     write_atomically(folder / COMMIT, json.dumps({"format": FORMAT, "parts": done}).encode())
@@ -577,7 +492,7 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str,
         header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
                  "shape": shape})
     content = (np.ascontiguousarray(block, dtype=dtype).tobytes() for block in blocks)
-    _write_synced(path, itertools.chain([header.getvalue()], content))
+    write_synced(path, itertools.chain([header.getvalue()], content))
 
 
 def _complete(folder: Path) -> None:
@@ -598,7 +513,7 @@ def _complete(folder: Path) -> None:
         (folder / PARTS / name).unlink(missing_ok=True)
     if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()):
         (folder / PARTS).rmdir()
-    _sync_folder(folder)
+    sync_folder(folder)
     (folder / COMMIT).unlink()
 
 
@@ -608,41 +523,6 @@ def table(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
     for row in rows:
         lines.append("\t".join(re.sub(r"[\t\r\n]+", " ", str(row.get(c, ""))) for c in columns))
     return ("\n".join(lines) + "\n").encode()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its name only ever stands for the whole content."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        _write_synced(temporary, [content])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _write_synced(path: Path, blocks: Iterable[bytes]) -> None:
-    """Write blocks and wait for the disk; an error names the file."""
-    try:
-        with open(path, "wb") as out:
-            for block in blocks:
-                out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
-    except OSError as error:
-        if error.errno is None or error.filename:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk: say where
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last, where the file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------ check

@@ -19,9 +19,9 @@ from data import brain
 from data.bids import Subject, brain_mask_path
 from data.registration import Registration, make_fixed, register_rigid
 from data.store import Part, digest_rows
-from data.volume import (UPPER_PERCENTILE, Grid, Volume, crop_or_pad, doubt_geometry, field_of_view,
-                         grid_of, place, read_grid, read_volume, resample, same_grid, slicing_grid,
-                         to_slices)
+from data.nifti import Grid, Volume, doubt_geometry, read_grid, read_volume
+from data.volume import (UPPER_PERCENTILE, crop_or_pad, field_of_view, grid_of, place, resample,
+                         same_grid, slicing_grid, to_slices)
 
 PIPELINE = 1  # raise when the same files would give other slices
 MIN_COVERAGE = 0.5  # of the brain must lie in T2w's field of view

@@ -20,7 +20,7 @@ from data.bias import bias_correction_of
 from data.bids import Subject, find_subjects, parse_name
 from data.store import SliceStore
 from data.subject import Settings, prepare_with, sha256
-from data.volume import Volume
+from data.nifti import Volume
 
 LABELS = ("GM", "WM", "CSF")
 LESIONS = ("label-lesion_mask", "label-L_mask")  # BIDS's own abbreviation is L

@@ -14,7 +14,7 @@ from data.bias import bias_correction_of, correct_n4
 from data.bids import find_subjects
 from data.store import SliceStore
 from data.subject import Settings, prepare, recipe
-from data.volume import read_volume
+from data.nifti import read_volume
 from translator import cut
 
 SHAPE, SPACING = (44, 54, 36), (4.0, 4.0, 4.0)

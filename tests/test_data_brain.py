@@ -11,7 +11,7 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from data import brain
-from data.volume import read_volume, volume_from_image
+from data.nifti import read_volume, volume_from_image
 
 SHAPE = (38, 48, 29)
 AFFINE = lay_affine(SHAPE, (4, 4, 5))

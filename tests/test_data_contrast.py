@@ -11,7 +11,8 @@ from scipy import ndimage, stats
 from data import brain, contrast
 from data.histogram import PERCENTILES, find_standard
 from data.store import SliceStore
-from data.volume import (crop_or_pad, place, read_volume, resample, slicing_grid, to_slices)
+from data.nifti import read_volume
+from data.volume import crop_or_pad, place, resample, slicing_grid, to_slices
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "bids-extracted"
 

@@ -23,7 +23,7 @@ import torch
 from conftest import lay_affine, paint
 
 from data import hdbet
-from data.volume import volume_from_image
+from data.nifti import volume_from_image
 
 pytest.importorskip("HD_BET")
 import HD_BET.checkpoint_download  # noqa: E402

@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from data.registration import (_joint_histogram, _middle_lps, make_fixed, mutual_information,
                                register_rigid)
-from data.volume import volume_from_image
+from data.nifti import volume_from_image
 
 SHAPE, SPACING = (38, 48, 29), (4, 4, 5)
 

@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from data import brain, volume
 from data.bids import Subject, brain_mask_path, find_subjects
+from data.nifti import read_volume
 from data.registration import make_fixed, register_rigid
 from data.store import digest_rows
 from data.subject import Settings, prepare, recipe, slices_kept
@@ -88,7 +89,7 @@ def test_a_moved_t2w_is_registered_and_interpolated_once_from_its_own_grid(tmp_p
     assert part.row["registration"] == "rigid"
     assert float(part.row["rotation_deg"]) == pytest.approx(5.4, abs=1)
     assert float(part.row["mi_after"]) > float(part.row["mi_before"]) + 0.2
-    t1w, t2w = (volume.read_volume(tmp_path / "t/sub-01/anat" / f"sub-01_{s}.nii.gz")
+    t1w, t2w = (read_volume(tmp_path / "t/sub-01/anat" / f"sub-01_{s}.nii.gz")
                 for s in ("T1w", "T2w"))
     matrix = register_rigid(make_fixed(t1w, t1w.data > 0), t2w).matrix
     points = np.indices(t1w.data.shape).reshape(3, -1).T

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("graphql", reason="the local server needs graphql-core")
 
 from data import whole_file  # noqa: E402
-from data.volume import read_volume  # noqa: E402
+from data.nifti import read_volume  # noqa: E402
 from data.whole_file import Checker, Damaged, Helper, inspect  # noqa: E402
 from small_archive import write_scan  # noqa: E402
 from small_archive import quiet_environment_fixture  # noqa: E402, F401

@@ -25,7 +25,7 @@ from data import brain, store
 from data.openneuro import Archive
 from data.store import SliceStore
 from data.transfer import Patience
-from data.volume import NotNow
+from data.nifti import NotNow
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "32", "--spacing", "6"]

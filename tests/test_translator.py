@@ -11,7 +11,7 @@ from torch import nn
 from data import contrast
 from data.histogram import Standard, StandardRows, find_standard, landmarks
 from data.store import SliceStore
-from data.volume import read_volume, volume_from_image
+from data.nifti import read_volume, volume_from_image
 from models import checkpoint
 from models.generator import DARKEST
 from translator import Translator, Wanted, _share_out
