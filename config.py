@@ -149,6 +149,7 @@ HELP = {
         "keep_best": "checkpoints best_SSIM_EPOCH.pt kept",
     },
 }
+MOST = 2 ** 31  # of any number: beyond it a mistake, and more than some libraries take
 CHOICES = {"gan_loss": GAN_KINDS, "upsample": UPSAMPLING, "precision": PRECISIONS,
            "compile": ("auto", "yes", "no"), "standardise": tuple(STANDARDISED),
            "standardise_targets": tuple(STANDARDISED)}
@@ -227,12 +228,18 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"--config {path}: no such file") from None
     try:
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # of either
+    except (ValueError, RecursionError) as error:  # of either
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ValueError(f"--config {path}: not {kind} ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: should hold options by name, as in "
+                         '{"lr": 0.0001}')
     defaults, values = asdict(TrainConfig()), {}
-    for key, value in (content.items() if isinstance(content, dict) else ()):
+    for key, value in content.items():
         name = key.replace("-", "_")
+        if name == "recipe":
+            raise ValueError(f"--config {path}: a recipe is named on the command line, with "
+                             f"--recipe {value}")
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
             raise ValueError(f"--config {path}: '{key}' is no option of train.py"
@@ -249,7 +256,10 @@ def _as_kind(value: Any, default: Any, where: str) -> Any:
     kinds = (int, float) if isinstance(default, float) else (type(default),)
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
         raise ValueError(f"{where} is {value!r}, should be like {default!r}")
-    return type(default)(value)
+    try:
+        return type(default)(value)
+    except OverflowError:
+        raise ValueError(f"{where} is beyond any number that is of use") from None
 
 
 def _check_config(c: TrainConfig) -> None:
@@ -265,6 +275,8 @@ def _check_config(c: TrainConfig) -> None:
     for name, low in least.items():
         if not low <= getattr(c, name) < math.inf:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least {low}")
+        if getattr(c, name) > MOST and name != "seed":
+            raise ValueError(f"{flag(name)}: must be at most {MOST}")
     if c.seed >= 2 ** 32:
         raise ValueError(f"--seed {c.seed}: must be below {2 ** 32}")
     if c.epochs + c.epochs_decay == 0:

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the user's input is wrong; 3 preprocessing left subjects o
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -18,6 +19,9 @@ _CURES: dict[type[OSError], str] = {
     FileExistsError: "move away what is there, or name another place",
     NotADirectoryError: "a file is where a folder should be: name another place",
     IsADirectoryError: "a folder is where a file should be: move it away, or name another place"}
+# not the user's mistake, but for the user to mend
+_THEIRS = (errno.ENAMETOOLONG, errno.EROFS)
+_MAKE_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -47,6 +51,8 @@ def run(main: Callable[[list[str] | None], int]) -> int:
     operating system errors such as a full disk and interruptions are 1. Anything else is a fault of
     ours and keeps its traceback.
     """
+    # nibabel says what is wrong with a header without the file's name; data/nifti.py says it with
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     for command in ("preprocess", "train", "evaluate", "translate"):  # not every library's chatter
         logging.getLogger(command).setLevel(logging.INFO)
@@ -63,7 +69,8 @@ def run(main: Callable[[list[str] | None], int]) -> int:
         return FAILED
     except OSError as error:
         print(f"error: {_text(error)}", file=sys.stderr)
-        return WRONG_INPUT if isinstance(error, tuple(_CURES)) and error.filename else FAILED
+        theirs = isinstance(error, tuple(_CURES)) or error.errno in _THEIRS
+        return WRONG_INPUT if theirs and error.filename else FAILED
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return FAILED
@@ -74,6 +81,13 @@ def run(main: Callable[[list[str] | None], int]) -> int:
 def _text(error: Exception) -> str:
     """One line: of the system's own errors what is wrong where, and what helps."""
     cure = next((text for kind, text in _CURES.items() if isinstance(error, kind)), "")
+    if isinstance(error, OSError) and error.errno in _MAKE_ROOM:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return f"{where}{error.strerror}; make room there, then run the same command again"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: {os.fsdecode(error.filename or '')[:60]}...; take a shorter one"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{os.fsdecode(error.filename or '')}: {error.strerror}; name another place"
     if cure and isinstance(error, OSError) and error.filename:
         return f"{os.fsdecode(error.filename)}: {error.strerror}; {cure}"
     return " ".join(str(error).split())

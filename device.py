@@ -40,7 +40,7 @@ def choose_device(name: str, index: int = 0) -> torch.device:
     ValueError : no such device here
     """
     kind, _, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
+    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdecimal()):
         raise ValueError(f"--device {name}: auto, cpu, cuda or cuda:K")
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -60,8 +60,10 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
     Raises
     ------
-    ValueError : fp16 without CUDA
+    ValueError : fp16 without CUDA, or none of these
     """
+    if wanted not in PRECISIONS:
+        raise ValueError(f"--precision {wanted}: choose from {', '.join(PRECISIONS)}")
     cuda = device.type == "cuda"
     if wanted == "fp16" and not cuda:
         raise ValueError("--precision fp16: needs a CUDA device (gradients underflow without its "

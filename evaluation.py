@@ -69,7 +69,6 @@ class Evaluation:
         args.out.mkdir(parents=True, exist_ok=True)
         self.methods = [self._translators(MODEL, state, str(path))
                         for path, state in zip(args.ckpt, states)]
-        self.methods += [copy_input(), *self._references()]
         self.features = load_features(args.features, process.device) if args.features else None
         self.tissues = find_tissues(args.tissues or (), sessions)
         if args.tissues and len(self.tissues) < len(sessions):
@@ -79,6 +78,7 @@ class Evaluation:
         if args.lesions and len(self.lesions) < len(sessions):
             self.notes.append(f"lesions measured on {len(self.lesions)} of {len(sessions)} "
                               "sessions; of the others there are no masks in --lesions")
+        self.methods += [copy_input(), *self._references()]  # last: it may train for hours
 
     def _translators(self, kind: str, state: dict[str, Any], ckpt: str = "") -> Method:
         device = self.process.device

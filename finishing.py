@@ -8,7 +8,7 @@ import hashlib
 import logging
 import platform
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from data.atomic import write_atomically
 from data.ledger import merge_sources
 from data.shards import Record
 from data.sources import Person
-from data.splits import SPLITS, assign_splits
+from data.splits import SPLITS, assign_splits, fitting
 from report.preprocessing import look_at, preprocessing_page
 
 log = logging.getLogger("preprocess.finishing")
@@ -51,9 +51,10 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> dict[str
                          + (f" (and {len(record.skipped) - 1} more)" if len(record.skipped) > 1
                             else ""))
     settled = {(r["dataset"], r["subject"]): r["split"] for r in settled_rows}
-    splits, said = assign_splits(
-        [(r["dataset"], r["subject"]) for r in rows.values()], record.choice["split"],
-        val=record.choice["val"], test=record.choice["test"], settled=settled)
+    people = [(r["dataset"], r["subject"]) for r in rows.values()]
+    named, unused = _usable(record.choice, people, skipped)
+    splits, said = assign_splits(people, record.choice["split"], **named, settled=settled)
+    said = unused + said
     table = [{**row, "split": splits[row["dataset"], row["subject"]]} for row in rows.values()]
     ours = {*record.recipes, *record.skipped}
     reasons = {name: why for name, why in (store.read_skipped(out) if before else {}).items()
@@ -69,6 +70,22 @@ def finish(out: Path, record: Record, before: dict[str, Any] | None) -> dict[str
     draw(out, again=False)
     print_table(out, skipped, said)
     return skipped
+
+
+def _usable(choice: dict[str, Any], people: list[Person], skipped: Iterable[str],
+            ) -> tuple[dict[str, list[str]], list[str]]:
+    """Names for `--val` and `--test` less those of subjects that were left out; a line for each."""
+    left_out = {tuple(name.split("_ses-")[0].rsplit("_sub-", 1)) for name in skipped}
+    named: dict[str, list[str]] = {}
+    said = []
+    for split in ("val", "test"):
+        named[split] = []
+        for name in choice[split]:
+            if fitting(name, people) or not fitting(name, left_out):
+                named[split].append(name)
+            else:
+                said.append(f"--{split} {name}: was left out, see skipped.tsv")
+    return named, said
 
 
 def _twins(settled: list[dict[str, str]], fresh: dict[str, dict[str, str]],
@@ -131,9 +148,9 @@ def print_table(out: Path, skipped: dict[str, str], said: list[str]) -> None:
     for subject in opened.subjects:
         if subject["note"]:
             log.info("note: %s: %s", subject["id"], subject["note"])
-        if float(subject["cut_share"]) > 0.005:
+        if store.number(subject, "cut_share") > 0.005:
             log.info("note: %s: %.1f %% of the brain lies outside the frame; a larger --size "
-                     "holds it", subject["id"], 100 * float(subject["cut_share"]))
+                     "holds it", subject["id"], 100 * store.number(subject, "cut_share"))
     for source in opened.header["sources"]:
         log.info("cite %s: %s", source["dataset"], citation(source))
     if skipped:
@@ -146,10 +163,9 @@ def citation(source: dict[str, Any]) -> str:
     """How to cite a dataset, as far as it says."""
     authors = source.get("authors") or []
     names = ", ".join(authors[:3]) + (" et al." if len(authors) > 3 else "")
-    said = (names, source["name"] or source["dataset"],
-            source["snapshot"] and f"version {source['snapshot']}",
-            source["doi"] and f"https://doi.org/{source['doi']}",
-            source["license"] and f"licence {source['license']}")
+    version, doi, licence = (source.get(key) for key in ("snapshot", "doi", "license"))
+    said = (names, source.get("name") or source["dataset"], version and f"version {version}",
+            doi and f"https://doi.org/{doi}", licence and f"licence {licence}")
     return ". ".join(part.rstrip(".") for part in said if part) + "."
 
 
@@ -181,6 +197,7 @@ def draw(out: Path, *, again: bool = True) -> int:
 
     Not `again`: only if the page shows another state of the store.
     """
+    opened = store.SliceStore(out)
     state = hashlib.sha256(b"".join((out / name).read_bytes() for name in store.TABLES[1:]))
     mark = f"<!-- {state.hexdigest()} -->\n"
     page = out / "report.html"
@@ -188,7 +205,6 @@ def draw(out: Path, *, again: bool = True) -> int:
         with open(page, encoding="utf-8", errors="replace") as html:
             if html.readline() == mark:
                 return console.DONE
-    opened = store.SliceStore(out)
     shown = [look_at(row, functools.partial(opened.of_subject, subject)) for row, subject in zip(
         store.read_table(out / "subjects.tsv"), opened.subjects)]
     skipped = store.read_skipped(out)

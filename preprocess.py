@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import shutil
 import sys
@@ -146,7 +147,7 @@ def _check_args(args: argparse.Namespace) -> None:
     if min(args.split) < 0 or args.split[0] == 0 or not abs(sum(args.split) - 1) <= 1e-6:
         raise ValueError(f"--split {' '.join(map(str, args.split))}: three shares that sum to 1, "
                          "the first above 0; try 0.8 0.1 0.1")
-    if not 0 < args.brain_ml[0] < args.brain_ml[1]:
+    if not 0 < args.brain_ml[0] < args.brain_ml[1] < math.inf:
         raise ValueError(f"--brain-ml {' '.join(map(str, args.brain_ml))}: smallest, then largest "
                          "volume in millilitres; try 800 2000")
     for name, least in (("limit", 1), ("simulate", 1), ("workers", 0), ("seed", 0)):

@@ -29,7 +29,7 @@ except ImportError:  # Windows: the user has to see to it that one run writes
     fcntl = None  # type: ignore[assignment]
 
 from config import BEFORE_THERE_WAS, FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig, flag, plain
-from data.atomic import write_atomically
+from data.atomic import naming, write_atomically
 from data.splits import SPLITS
 from data.store import SliceStore, scans_of
 from device import Process
@@ -117,7 +117,8 @@ class RunLog:
         log.addHandler(self._handler)
         log.setLevel(logging.INFO)
         metrics = folder / "metrics.jsonl"
-        before = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        before = (metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+                  if metrics.exists() else [])
         kept = "".join(line + "\n" for line in before
                        if _step_of(line, JUDGED) <= judged_step
                        and _step_of(line) <= step)
@@ -131,8 +132,7 @@ class RunLog:
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line of metrics and one TensorBoard point a value; `kind` names the group."""
         if self._on:
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self._metrics.flush()
+            self._write([{"kind": kind, "step": step, **values}])
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
@@ -148,9 +148,12 @@ class RunLog:
     def alarm(self, step: int, epoch: int, lines: list[str]) -> None:
         """Warnings of an epoch, for the reports that are made of metrics.jsonl."""
         if self._on:
-            for line in lines:
-                text = json.dumps({"kind": "warning", "step": step, "epoch": epoch, "text": line})
-                self._metrics.write(text + "\n")
+            self._write([{"kind": "warning", "step": step, "epoch": epoch, "text": line}
+                         for line in lines])
+
+    def _write(self, entries: list[dict[str, Any]]) -> None:
+        with naming(self._folder / "metrics.jsonl"):
+            self._metrics.write("".join(json.dumps(entry) + "\n" for entry in entries))
             self._metrics.flush()
 
     def picture(self, picture: Tensor, step: int, path: Path) -> None:
@@ -202,14 +205,15 @@ class RunLog:
 
 
 def _step_of(line: str, kinds: Container[str] | None = None) -> float:
-    """The step of a line of metrics; infinity where a kill cut the line short.
+    """The step of a line of metrics; infinity where a kill cut the line short, or it is none.
 
     With `kinds`, -infinity for a line of another kind.
     """
     try:
         found = json.loads(line)
-        return found["step"] if kinds is None or found["kind"] in kinds else -math.inf
-    except ValueError:
+        step = float(found["step"])
+        return step if kinds is None or found["kind"] in kinds else -math.inf
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
@@ -229,6 +233,11 @@ def find_resume(config: TrainConfig, args: argparse.Namespace,
     FileNotFoundError : `--resume` was given and there is nothing to resume
     """
     last = Path(args.resume) if args.resume else Path(config.run) / "last.pt"
+    own = Path(config.run) / "last.pt"
+    if last.parent.resolve() != own.parent.resolve() and (
+            own.exists() or checkpoint.previous(own).exists()):
+        log.info("%s: is there, so the run goes on from it, not from %s", own, last)
+        last = own  # killed since, or begun anew by torchrun: the same command goes on
     before = checkpoint.previous(last)
     if not last.exists() and before.exists():
         last = before  # killed between the two renames
@@ -247,6 +256,14 @@ def find_resume(config: TrainConfig, args: argparse.Namespace,
     _check_options(config, args, state, last)
     _check_data(config, args, state, last, record)
     return state, last
+
+
+def put_aside(run: Path, gone_on_from: Path) -> None:
+    """Rename a `last.pt` that was too damaged to go on from: the next save would keep it as the
+    one before, in place of the good one."""
+    last = run / "last.pt"
+    if gone_on_from == checkpoint.previous(last) and last.exists():
+        os.replace(last, run / "last.damaged.pt")
 
 
 def _refuse_to_write_over(run: Path) -> None:
@@ -300,19 +317,49 @@ def _check_data(config: TrainConfig, args: argparse.Namespace, state: dict[str, 
         if old != new and split == "val":  # figures of other heads are no bar for these
             state["best"].update(t2w_ssim=-1.0, kept=[])
     # evaluate.py refuses all that were ever trained on; a best.pt to come is these val subjects'
+    if not args.override:
+        _check_scans(config, trained, last, record)
+    elif _scans_differ(trained, record, "val"):
+        state["best"].update(t2w_ssim=-1.0, kept=[])
     record["subjects"]["train"] = sorted({*trained["subjects"]["train"],
                                           *record["subjects"]["train"]})
     record["train_scans"] = sorted({*trained.get("train_scans", ()), *record["train_scans"]})
+
+
+def _scans_differ(trained: dict[str, Any], record: dict[str, Any], split: str) -> bool:
+    """Whether both records know their scans and those of a split are others (of the training
+    split: has some that were not trained on, which grew with each --override)."""
+    old, new = (set(r.get(f"{split}_scans", ())) for r in (trained, record))
+    return bool(old and new) and not (new <= old if split == "train" else new == old)
+
+
+def _check_scans(config: TrainConfig, trained: dict[str, Any], last: Path,
+                 record: dict[str, Any]) -> None:
+    """Refuse a store that was made again of other scans, or of other slices of them."""
+    for split in ("train", "val"):
+        if _scans_differ(trained, record, split):
+            raise ValueError(f"{config.slices}: its {split} split has the same subjects as "
+                             f"{last}'s, but other scans; point to that store with --slices, add "
+                             "--override, or choose another --run")
+    old, new = (r.get("min_brain_area") for r in (trained, record))
+    if old is not None and old != new:
+        raise ValueError(f"{config.slices}: made with min_brain_area {new}, {last} was trained on "
+                         f"{old}; point to that store with --slices, add --override, or choose "
+                         "another --run")
 
 
 def preprocessing_record(store: SliceStore) -> dict[str, Any]:
     """What `evaluate.py` and `translate.py` must do alike: copied from the store's header."""
     keys = ("size", "spacing_mm", "min_brain_area", "intensity", "layout", "sources", "counts",
             "versions")
+    lacking = [key for key in keys if key not in store.header]
+    if lacking:
+        raise ValueError(f"{store.folder / 'store.json'}: lacks {', '.join(lacking)}; delete the "
+                         "store and run preprocess.py again")
     return {**{key: store.header[key] for key in keys},
             "brain_extraction": sorted({s["brain_extraction"] for s in store.subjects}),
-            "train_scans": sorted({scan for s in store.subjects if s["split"] == "train"
-                                   for scan in scans_of(s)}),
+            **{f"{split}_scans": sorted({scan for s in store.subjects if s["split"] == split
+                                         for scan in scans_of(s)}) for split in ("train", "val")},
             "subjects": {split: [s["id"] for s in store.subjects if s["split"] == split]
                          for split in SPLITS}}
 

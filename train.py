@@ -41,10 +41,11 @@ from device import Process, first_speaks, peak_memory_gib, start_process
 from models import checkpoint
 from models.generator import default_blocks
 from report import progress
-from run_folder import RunLog, best_name, find_resume, only_writer, preprocessing_record
+from run_folder import (RunLog, best_name, find_resume, only_writer, preprocessing_record,
+                        put_aside)
 from step import NETS, train_step
 from training import Training
-from validation import look, sample_grid, validate
+from validation import check_masks, look, sample_grid, validate
 
 log = logging.getLogger("train")
 
@@ -85,9 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return console.FAILED
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} Take a smaller --batch-size or --features",
-              file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:  # torch's of a GPU, of a CPU, and numpy's
+        text = str(error)
+        if isinstance(error, RuntimeError) and not (
+                isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text):
+            raise
+        print(f"error: no memory left ({text.splitlines()[0] if text else 'MemoryError'}); take a "
+              "smaller --batch-size, --features or --history-size", file=sys.stderr)
         return console.FAILED
     if dist.is_initialized():  # not after an error: others may wait in the middle of a step
         dist.destroy_process_group()
@@ -101,6 +106,7 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
     if process.is_main:  # for translate.py, which says where a volume is unlike these
         record["training"] = training_figures(store)
     state, last = find_resume(config, args, record)
+    check_masks(store)
     seen = training_sessions(store, config.strict_unpaired)
     standard, targets = find_histograms(config, store, state, seen)
     if standard:
@@ -118,6 +124,8 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
     if state:
         t.load(state)
     check_place(t)
+    if process.is_main:  # all have read it by now
+        put_aside(run, last)
     with contextlib.closing(RunLog(run, process, t.step, t.best["judged_step"])) as run_log:
         _announce(t, store)
         if state:
@@ -141,7 +149,10 @@ def train(config: TrainConfig, args: argparse.Namespace, store: SliceStore,
                      t.last_step, run / "last.pt")
             return console.FAILED
         if process.is_main:
-            write_gifs(run)
+            try:
+                write_gifs(run)
+            except (ValueError, FileNotFoundError) as error:  # pictures of a training that is done
+                log.warning("warning: no progress_*.gif: %s", error)
         log.info("done: %s", run / "best.pt")
         return console.DONE
 

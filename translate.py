@@ -22,6 +22,8 @@ if __name__ == "__main__":  # imports make a million objects and no garbage: 0.5
 
 import argparse
 import logging
+import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -86,18 +88,27 @@ def translate_volume(image: Any, ckpt: Any, direction: str = "auto", *, wanted: 
     if isinstance(ckpt, Translator) and options:
         raise ValueError(f"{', '.join(options)}: give this to the Translator")
     translator = ckpt if isinstance(ckpt, Translator) else Translator(ckpt, **options)
-    path = image.get_filename() or "the image"
+    volume = _volume_of(image, "the image")
+    path = volume.path
     if direction == "auto":
-        direction = direction_of(Path(path))
-    volume = volume_from_image(image, path)
+        direction = direction_of(path)
     found = translator.translate(volume, direction, wanted)
     for warning in found.warnings:
         log.warning("warning: %s: %s", path, warning)
     if match is None:
         return image_like(volume, found.data)
-    reference = volume_from_image(match, match.get_filename() or "the reference")
+    reference = _volume_of(match, "the reference")
     scale = translator.scale_of(reference, DIRECTIONS[direction][1], force=wanted.force)
     return image_like(volume, matched(found.data, found.inside, scale))
+
+
+def _volume_of(image: Any, nameless: str) -> Volume:
+    """Of a nibabel image, or of a file by its name."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_volume(image)
+    if not (hasattr(image, "get_filename") and hasattr(image, "header")):
+        raise ValueError(f"a {type(image).__name__} is no nibabel image; nibabel.load gives one")
+    return volume_from_image(image, image.get_filename() or nameless)
 
 
 def matched(data: np.ndarray, inside: np.ndarray, scale: IntensityScale) -> np.ndarray:
@@ -160,7 +171,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, alone or together."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    if not 0 < args.brain_ml[0] < args.brain_ml[1]:
+    if not 0 < args.brain_ml[0] < args.brain_ml[1] < math.inf:
         raise ValueError(f"--brain-ml {' '.join(map(str, args.brain_ml))}: smallest, then largest "
                          "volume in millilitres")
     if args.uncertainty < 0 or args.uncertainty == 1:

@@ -103,7 +103,7 @@ def plan_files(inputs: Sequence[Path], args: argparse.Namespace) -> list[Job]:
         if source.is_dir():
             raise ValueError(f"{source}: is a folder; name the volumes in it, or give a BIDS tree "
                              f"as --bids {source}")
-        if not source.is_file():
+        if not source.is_file() and not source.is_symlink():  # a dead one is told of later
             raise FileNotFoundError(f"{source}: no such file; check the name")
         if not ENDING.search(source.name):
             raise ValueError(f"{source}: not a .nii or .nii.gz file")

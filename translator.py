@@ -6,6 +6,7 @@ looks); reads no options and writes no files.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,10 @@ class Translator:
         if brain_extraction not in EXTRACTIONS:
             raise ValueError(f"brain extraction '{brain_extraction}' is unknown; one of "
                              f"{', '.join(EXTRACTIONS)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: must be at least 1")
+        if len(brain_ml) != 2 or not 0 < brain_ml[0] < brain_ml[1] < math.inf:
+            raise ValueError(f"brain_ml {brain_ml}: smallest, then largest volume in millilitres")
         from device import choose_device, choose_precision
         from models import checkpoint
 

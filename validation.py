@@ -54,6 +54,22 @@ def validate(t: Training, store: SliceStore,
     return {name: float(np.mean([f[name] for f in figures])) for name in names}
 
 
+def check_masks(store: SliceStore) -> None:
+    """Refuse validation slices without a brain, before the first epoch is trained.
+
+    Raises
+    ------
+    ValueError : a slice has none; names its row
+    """
+    for session in paired_subjects(store, "val"):
+        rows = np.arange(session["first_row"], session["first_row"] + session["n_slices"])
+        empty = rows[~store.mask(rows).any(axis=(1, 2))]
+        if len(empty):
+            raise ValueError(f"{store.folder / 'mask.npy'}: no brain in row {empty[0]} "
+                             f"({session['id']}), a validation slice; delete the store and run "
+                             "preprocess.py again")
+
+
 def _files(sessions: list[dict[str, Any]]) -> str:
     return "; ".join(f"{s['dataset']} {s['t1w']}, {s['t2w']}" for s in sessions)
 

@@ -15,6 +15,7 @@ copied its input or inverted the contrast.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [Job(name, options, fold, seed, args.out / name / f"fold{fold}_seed{seed}")
             for seed in args.seeds for name, options in map(recipe_of, args.recipes)
             for fold in range(len(folds))]
+    for job in jobs:  # a mistake in the last recipe is found before the first is trained
+        steps_of(job, args)
     with ThreadPoolExecutor(args.together) as pool:
         done = list(pool.map(lambda job: work(job, folds[job.fold], jobs[0], args), jobs))
     rows = [row for found in done for row in found]
@@ -155,16 +158,13 @@ def work(job: Job, fold: Path, first: Job, args: argparse.Namespace) -> list[dic
     """Train and evaluate a job as far as that is not done; its rows of the table."""
     claim(job, fold, args)
     run, evaluation = job.folder / "run", job.folder / "evaluation"
-    steps = args.pairs // args.epochs  # at batch 1; --batch-size in a recipe changes the pairs
-    batch = parse_args([*job.options])[0].batch_size
-    last = args.epochs * (steps // batch)
-    figures = read_curve(run)
-    if not figures or figures[-1]["step"] < last:
+    steps = steps_of(job, args)
+    if not is_trained(run, args.epochs * steps):
         call("train.py", "--slices", fold, "--run", run, "--features", args.features, "--epochs",
              args.epochs // 2, "--epochs-decay", args.epochs - args.epochs // 2,
-             "--steps-per-epoch", steps // batch, "--seed", job.seed, "--device", args.device,
+             "--steps-per-epoch", steps, "--seed", job.seed, "--device", args.device,
              *job.options, log=job.folder / "train.log")
-        figures = read_curve(run)
+    figures = read_curve(run)
     alike = (job.recipe, job.seed) == (first.recipe, first.seed)
     ceiling = ["--ceiling"] if args.ceiling and alike else []
     summary = read_summary(evaluation, run / "last.pt", bool(ceiling))
@@ -175,6 +175,29 @@ def work(job: Job, fold: Path, first: Job, args: argparse.Namespace) -> list[dic
         summary = read_summary(evaluation, run / "last.pt", bool(ceiling))
         assert summary is not None
     return list(rows_of(job, summary, figures, speed_of(run)))
+
+
+def steps_of(job: Job, args: argparse.Namespace) -> int:
+    """Steps of an epoch, so that a run sees `--pairs` whatever its batch.
+
+    Raises
+    ------
+    ValueError : a batch is more than an epoch's pairs, or an option that train.py would refuse
+    """
+    pairs, batch = args.pairs // args.epochs, parse_args([*job.options])[0].batch_size
+    if batch > pairs:
+        raise ValueError(f"--recipes {job.recipe}: --batch-size {batch} is more than the {pairs} "
+                         "pairs of an epoch; take more --pairs or fewer --epochs")
+    return pairs // batch
+
+
+def is_trained(run: Path, last: int) -> bool:
+    """Whether its `last.pt` is of the last step, judged: metrics are written before it is."""
+    try:
+        state = checkpoint.load(run / "last.pt")
+    except (FileNotFoundError, ValueError):
+        return False
+    return state["step"] >= last and state["best"].get("judged_step", 0) >= last
 
 
 def claim(job: Job, fold: Path, args: argparse.Namespace) -> None:
@@ -191,7 +214,7 @@ def claim(job: Job, fold: Path, args: argparse.Namespace) -> None:
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in asked if asked[name] != there.get(name)]
-        if other:
+        if other and (job.folder / "run").exists():
             raise ValueError(f"{job.folder}: has a run with other {', '.join(other)}; take another "
                              "--out, or delete the folder")
     elif (job.folder / "run").exists():
@@ -207,15 +230,16 @@ def call(script: str, *options: object, log: Path) -> None:
 
     Raises
     ------
-    RuntimeError : it failed
+    ValueError, ChildProcessError : it refused what it was given, it failed
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as out:
         done = subprocess.run([sys.executable, str(ROOT / script), *map(str, options)],
                               stdout=out, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(map(str, options))}: exit code {done.returncode}, "
-                           f"see {log}")
+        kind = ValueError if done.returncode == console.WRONG_INPUT else ChildProcessError
+        raise kind(f"{script} {' '.join(map(str, options))}: exit code {done.returncode}, see "
+                   f"{log}")
 
 
 def read_summary(evaluation: Path, ckpt: Path, with_ceiling: bool) -> dict[str, Any] | None:
@@ -243,9 +267,11 @@ def speed_of(run: Path) -> float | None:
 def _of_kind(run: Path, kind: str) -> Iterable[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if path.exists():
-        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if line["kind"] == kind:
-                yield line
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # a kill cut it short
+                line = json.loads(text)
+                if line["kind"] == kind:
+                    yield line
 
 
 def rows_of(job: Job, summary: dict[str, Any], curve: Sequence[dict[str, Any]],

@@ -7,6 +7,7 @@ https://bids.neuroimaging.io.
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable
@@ -155,8 +156,8 @@ def _misnamed(files: list[Path]) -> str:
 
 
 def dataset_name(root: Path) -> str:
-    """The name of a tree's folder, made fit for file names and tables."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", root.resolve().name).strip("-") or "bids"
+    """The name of a tree's folder as it was given (a link's own), fit for file names and tables."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", Path(os.path.abspath(root)).name).strip("-") or "bids"
 
 
 def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:

@@ -20,6 +20,8 @@ from data.volume import grid_of, resample, same_grid
 
 METHODS = ("hd-bet", "deepbet", "mask", "none")
 ADULT_ML = (800.0, 2000.0)  # brains of adults, with room for atrophy and for the cortical CSF
+MOST_EMPTY = 0.3  # of a given mask may be 0 in T1w, as dark fluid and air in its sinuses are
+MOST_OUTSIDE = 0.1  # of it may lie outside T1w's box
 MAX_STRAY_SHARE = 0.1  # of a mask may lie apart from its largest piece
 # Of a side of the volume; where each of the six has more, the mask is the box or a part of a head.
 # A brain cropped to its box has 0.001 to 0.15 on a side, one that is cut there at most 0.8.
@@ -96,6 +98,15 @@ def given_mask(path: Path, t1w: Volume) -> np.ndarray:
     ValueError, FileNotFoundError : as `read_volume`, and where the mask does not meet T1w
     """
     mask = read_volume(path)
+    found = _on_grid_of(t1w, mask, path)
+    dark = float((t1w.data[found] == 0).mean())
+    if dark > MOST_EMPTY:
+        raise ValueError(f"{path}: {dark:.0%} of it is empty in {t1w.path}; it lies elsewhere, so "
+                         "save it on that scan's grid")
+    return found
+
+
+def _on_grid_of(t1w: Volume, mask: Volume, path: Path) -> np.ndarray:
     if same_grid(grid_of(mask), grid_of(t1w)):
         return mask.data > 0.5
     shapes = [volume.header.get_data_shape()[:3] for volume in (mask, t1w)]
@@ -105,6 +116,10 @@ def given_mask(path: Path, t1w: Volume) -> np.ndarray:
     moved = resample(mask.data > 0.5, mask.affine, grid_of(t1w), nearest=True)
     if not moved.any():
         raise ValueError(f"{path}: does not overlap {t1w.path}; the mask belongs to another scan")
+    lost = 1 - float(moved.sum()) * t1w.voxel_ml / (float((mask.data > 0.5).sum()) * mask.voxel_ml)
+    if lost > MOST_OUTSIDE:
+        raise ValueError(f"{path}: {lost:.0%} of it lies outside {t1w.path}; save it on that "
+                         "scan's grid")
     return moved
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.bids import Subject
-from data.store import part_rows, read_header, read_table
+from data.store import number, part_rows, read_header, read_table
 from data.subject import Settings, recipe, sha256
 
 OLDER = "of_other_snapshots"  # in a source: ids whose rows are from another snapshot than the rest
@@ -118,7 +118,7 @@ class Ledger:
     def _believes(self, row: dict[str, str]) -> bool:
         """Whether its brain is within this run's limits, which may not be those of its own run."""
         low, high = self._settings.brain_ml
-        return low <= float(row["brain_ml"]) <= high
+        return low <= number(row, "brain_ml") <= high
 
     def skip(self, name: str, reason: str) -> None:
         """Leave a session out."""

@@ -25,6 +25,8 @@ import numpy as np
 from nibabel.fileholders import FileHolder
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
+from data.atomic import naming
+
 try:  # ten times as fast as zlib, files 1 to 2 % larger
     from isal.igzip import IGzipFile as GzipWriter
     _LEVEL = 2
@@ -348,7 +350,7 @@ def write_like(volume: Volume, data: np.ndarray, path: str | os.PathLike) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as out:
+        with naming(path), open(temporary, "wb") as out:
             if path.name.endswith(".gz"):
                 with GzipWriter("", "wb", _LEVEL, out, mtime=0) as packed:  # no name or time
                     image.to_stream(packed)
@@ -356,7 +358,8 @@ def write_like(volume: Volume, data: np.ndarray, path: str | os.PathLike) -> Non
                 image.to_stream(out)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -64,6 +64,10 @@ class UnpairedBatches:
         self._slices = tuple(Spans(each) for each in spans)
         self._taken = batch_size * world
         fewest = min(map(len, self._slices))
+        if not fewest:
+            raise ValueError(f"{store.folder}: the train split"
+                             f"{' of one contrast' if strict else ''} is empty; take "
+                             f"{'more subjects' if strict else 'another --split of preprocess.py'}")
         if fewest < self._taken:
             raise ValueError(f"{store.folder}: the train split has {fewest} slices"
                              f"{' in one of its halves' if strict else ''}, a step of {world} x "

@@ -6,7 +6,8 @@ Sessions of a subject fall together, new data never moves old subjects, and nobo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -64,11 +65,18 @@ def assign_splits(
     return splits, said
 
 
-def _named(name: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def fitting(name: str, pairs: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The (dataset, subject label) pairs that a name means: `01`, `sub-01`, `dataset/sub-01`, or
+    `dataset_sub-01`."""
+    pairs = list(pairs)
     dataset, _, label = name.rpartition("/")
     label = label.removeprefix("sub-")
     fit = [p for p in pairs if p[1] == label and dataset in ("", p[0])]
-    fit = fit or [p for p in pairs if f"{p[0]}_sub-{p[1]}" == name]
+    return fit or [p for p in pairs if f"{p[0]}_sub-{p[1]}" == name]
+
+
+def _named(name: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    fit = cast(list[tuple[str, str]], fitting(name, pairs))
     if not fit:
         have = ", ".join(f"sub-{s}" for _, s in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
         raise ValueError(f"subject '{name}' of --val or --test is not there; there are {have}")

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -351,16 +351,31 @@ def find_twins(rows: Iterable[dict[str, Any]],
 
     Yields
     ------
-    row, the first row with that scan, and the scan's kind (T1w or T2w); rows without hashes have
-    no twins
+    row, the first row with that scan, and what they share: T1w, T2w or slices (of scans that were
+    compressed anew, whose files differ); rows without hashes have no twins
     """
     owners: dict[str, dict[str, Any]] = {}
     for row in rows:
-        for kind in ("T1w", "T2w"):
-            if digest := row.get(f"{kind.lower()}_sha256"):
+        for kind in ("T1w", "T2w", "slices"):
+            column = "rows_sha256" if kind == "slices" else f"{kind.lower()}_sha256"
+            if digest := row.get(column):
                 first = owners.setdefault(digest, row)
                 if (first["dataset"], first["subject"]) != (row["dataset"], row["subject"]):
                     yield row, first, kind
+
+
+def number(row: Mapping[str, Any], column: str) -> float:
+    """A figure of a row of `subjects.tsv`.
+
+    Raises
+    ------
+    ValueError : it is none
+    """
+    try:
+        return float(row[column])
+    except (KeyError, ValueError):
+        raise ValueError(f"subjects.tsv: {row['id']}: {column} is {row.get(column)!r}, no number; "
+                         f"{_AGAIN}") from None
 
 
 def read_skipped(folder: Path) -> dict[str, str]:
@@ -540,7 +555,8 @@ def check(folder: Path) -> list[str]:
     FileNotFoundError, ValueError : as `SliceStore`
     """
     store = SliceStore(folder)
-    problems = []
+    problems = [f"store.json: lacks {name}; {_AGAIN}" for name in SHARED
+                if name not in store.header]
     try:
         read_skipped(folder)
     except ValueError as error:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from data import brain
 from data.bids import Subject, brain_mask_path
@@ -24,6 +25,7 @@ from data.volume import (UPPER_PERCENTILE, crop_or_pad, field_of_view, grid_of, 
                          same_grid, slicing_grid, to_slices)
 
 PIPELINE = 1  # raise when the same files would give other slices
+PADDED = 7  # pixels of exact zeros each way inside the brain
 MIN_COVERAGE = 0.5  # of the brain must lie in T2w's field of view
 
 
@@ -206,6 +208,7 @@ def _cut(t1w: _Laid, t2w: Volume, placed: Registration, settings: Settings,
     x_filled, y_filled = np.any(x_data, axis=(0, 1)), np.any(y_data, axis=(0, 1))
     seen = brain_mask & x_filled & y_filled
     seen &= field_of_view(t2w.data.shape, t2w.affine, grid, placed.matrix)
+    seen &= ~_padding(y_data, seen)
     coverage = float(seen.sum()) / max(float(brain_mask.sum()), 1)
     if coverage < MIN_COVERAGE:
         raise ValueError(f"{t2w.path}: covers {coverage:.0%} of the brain in {t1w.path.name}; "
@@ -228,6 +231,16 @@ def _cut(t1w: _Laid, t2w: Volume, placed: Registration, settings: Settings,
     }
     stacks = x[keep].astype(np.float16), y[keep].astype(np.float16), frame[keep]
     return figures, stacks, _Framing(x_place.centre, settings.size, keep)
+
+
+def _padding(data: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Where a brain (I, J, K) is exactly 0 over `PADDED` voxels and more of a slice, both ways.
+
+    A slab that was padded to the whole head's grid; no tissue, fluid or vessel is as large and 0.
+    """
+    empty = seen & (data == 0)
+    wide = ndimage.binary_opening(empty, np.ones((PADDED, PADDED, 1), bool))
+    return ndimage.binary_propagation(wide, mask=empty) if wide.any() else wide
 
 
 def slices_kept(mask: np.ndarray, min_brain_area: float) -> slice:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ INFERENCE_KEYS = ("format", "config", "preprocessing", "step", "epoch", "slices_
                   "best")
 RESUME_KEYS = INFERENCE_KEYS + ("generators", "discriminators", "optimizers", "schedulers",
                                 "scaler", "history", "sampler", "rng")
+# What is looked up inside them, of every checkpoint that there has been
+_INSIDE = {"config": ("features", "blocks", "upsample"), "ema": ("G", "F"),
+           "preprocessing": ("size", "spacing_mm", "intensity", "subjects")}
+_INSIDE_TO_RESUME = {"generators": ("G", "F"), "discriminators": ("D_X", "D_Y"),
+                     "optimizers": ("generators", "discriminators"),
+                     "schedulers": ("steps_per_epoch",), "best": ("judged_step", "kept"),
+                     "sampler": ("epoch", "step", "world", "sums", "epoch_sums", "counted",
+                                 "epoch_counted")}
 
 
 def save(path: Path, state: dict[str, Any], *, keep_previous: bool = True) -> None:
@@ -99,6 +108,10 @@ def load(path: str | os.PathLike, *, resume: bool = False) -> dict[str, Any]:
                          f"{FORMAT} version {VERSION}; train again, or use the version that wrote "
                          "it")
     lacking = [key for key in (RESUME_KEYS if resume else INFERENCE_KEYS) if key not in state]
+    for part, names in {**_INSIDE, **(_INSIDE_TO_RESUME if resume else {})}.items():
+        there = state.get(part, ())
+        lacking += [f"{part}.{name}" for name in names if part in state
+                    and not (isinstance(there, dict) and name in there)]
     if lacking:
         cure = "resume from last.pt" if resume else "train again"
         raise ValueError(f"{path}: checkpoint lacks {', '.join(lacking)}; {cure}")
@@ -170,7 +183,9 @@ def _read(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()  # torch.load takes flipped bits without a word
         if damaged:
             raise ValueError(f"{damaged} differs from its checksum")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():  # of a file that is none of ours
+        warnings.simplefilter("ignore")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise TypeError(f"holds a {type(state).__name__}")
     return state

@@ -11,6 +11,7 @@ from painted_store import write_store
 
 from benchmarks import recipes
 from data.store import SliceStore, check
+from models import checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,3 +145,44 @@ def test_a_folder_with_a_run_of_unknown_options_is_refused(slices, tmp_path):
     with pytest.raises(ValueError, match="has a run, and no job.json"):
         recipes.main(["--slices", str(slices), "--out", str(tmp_path), "--held-out", "01",
                       "--recipes", "default"])
+
+
+def test_a_batch_that_no_epoch_can_fill_is_refused_before_any_run(slices, tmp_path):
+    with pytest.raises(ValueError, match="--recipes b: --batch-size 4 is more than the 3 pairs"):
+        recipes.main(["--slices", str(slices), "--out", str(tmp_path), "--held-out", "01",
+                      "--recipes", "a=--batch-size 2", "b=--batch-size 4", "--pairs", "15",
+                      "--epochs", "5"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_mistaken_option_claims_no_folder(slices, tmp_path):
+    command = ["--slices", str(slices), "--out", str(tmp_path), "--held-out", "01", "--pairs", "20",
+               "--epochs", "5", "--recipes"]
+    with pytest.raises(ValueError, match="--lr 5.0"):
+        recipes.main([*command, "x=--lr 5"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_is_done_when_its_checkpoint_is_of_the_last_step_and_judged(tmp_path):
+    state = {"config": {"features": 4, "blocks": 1, "upsample": "transpose"},
+             "preprocessing": {"size": 32, "spacing_mm": 4.0, "intensity": {}, "subjects": {}},
+             "step": 10, "epoch": 5, "slices_seen": 10, "ema": {"G": {}, "F": {}},
+             "best": {"judged_step": 10}}
+    assert not recipes.is_trained(tmp_path, 10)
+    for step, judged, done in ((10, 10, True), (8, 8, False), (10, 8, False)):
+        checkpoint.save(tmp_path / "last.pt", {**state, "step": step,
+                                               "best": {"judged_step": judged}})
+        assert recipes.is_trained(tmp_path, 10) is done
+    (tmp_path / "last.pt").write_bytes(b"cut")
+    assert not recipes.is_trained(tmp_path, 10)
+
+
+def test_a_line_of_metrics_that_a_kill_cut_short_is_passed_over(tmp_path):
+    line = '{"kind": "validation", "step": 3}'
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line[:20]}")
+    assert recipes.read_curve(tmp_path) == [{"kind": "validation", "step": 3}]
+
+
+def test_a_child_that_fails_is_one_line_with_its_log(tmp_path):
+    with pytest.raises(ValueError, match="train.py --lr 5: exit code 2, see .*a.log"):
+        recipes.call("train.py", "--lr", 5, log=tmp_path / "a.log")

@@ -28,7 +28,8 @@ def state_of(slices_seen=20, **options):
     """As much of a checkpoint as a ceiling looks at."""
     config = {**plain(asdict(TrainConfig())), "deform": 0.0, "features": 4, "blocks": 1,
               "batch_size": 2, "epochs": 3, "epochs_decay": 1, **options}
-    return {"config": config, "preprocessing": {"size": 32}, "step": slices_seen // 2,
+    preprocessing = {"size": 32, "spacing_mm": 4.0, "intensity": {}, "subjects": {}}
+    return {"config": config, "preprocessing": preprocessing, "step": slices_seen // 2,
             "slices_seen": slices_seen}
 
 

@@ -1,6 +1,8 @@
 """What every command shows on a terminal: one line for a mistake, the exit code, readable help."""
 
 import argparse
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +86,16 @@ def test_a_reader_that_leaves_stops_no_work_and_causes_no_traceback(tmp_path):
         done = subprocess.run(f'"{sys.executable}" -c "{program}" "{marker}" | {reader}',
                               shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.stderr == "" and marker.read_text() == "to the end"
+
+
+@pytest.mark.parametrize("number, code, said", [
+    (errno.ENOSPC, 1, "/there: No space left on device; make room there"),
+    (errno.EROFS, 2, "/there: Read-only file system; name another place"),
+    (errno.ENAMETOOLONG, 2, "File name too long: /there"),
+])
+def test_what_a_disk_refuses_is_said_with_its_cure(number, code, said, capsys):
+    def main(_):
+        raise OSError(number, os.strerror(number), "/there")
+
+    assert console.run(main) == code
+    assert said in capsys.readouterr().err

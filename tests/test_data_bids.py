@@ -275,3 +275,10 @@ def test_an_annexed_file_finds_its_subject_by_where_its_link_stands(tmp_path):
     link.parent.mkdir(parents=True)
     link.symlink_to("../../.git/annex/objects/ab/content")
     assert bids.subject_of(link).root == tmp_path
+
+
+def test_a_link_gives_a_tree_the_name_that_its_folder_cannot_have(tmp_path):
+    for study in ("a", "b"):
+        (tmp_path / study / "rawdata").mkdir(parents=True)
+        (tmp_path / f"study-{study}").symlink_to(tmp_path / study / "rawdata")
+    assert [bids.dataset_name(tmp_path / f"study-{s}") for s in "ab"] == ["study-a", "study-b"]

@@ -271,3 +271,14 @@ def test_a_deepbet_that_breaks_while_it_is_imported_is_one_error(tmp_path, monke
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ValueError, match="deepbet: .*RuntimeError: made for another"):
         brain.make_extractor("deepbet")
+
+
+@pytest.mark.parametrize("off_mm, said", [(60, "of it"), (120, "does not overlap|outside")])
+def test_a_given_mask_that_lies_elsewhere_is_refused(off_mm, said, tmp_path):
+    t1w = scan(head())
+    affine = t1w.affine.copy()
+    affine[1, 3] += off_mm
+    path = tmp_path / "mask.nii.gz"
+    nib.Nifti1Image((head() > 0).astype(np.uint8), affine).to_filename(path)
+    with pytest.raises(ValueError, match=said):
+        brain.given_mask(path, t1w)

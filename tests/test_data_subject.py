@@ -311,3 +311,28 @@ def test_a_recipe_changes_with_either_file_the_mask_the_method_and_the_settings(
         with open(anat / f"sub-01_{name}.nii.gz", "ab") as scan:
             scan.write(b"\0")
         assert is_new() == 8 + i
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_slab_padded_to_the_whole_grid_covers_only_what_it_shows(axis, tmp_path):
+    path = write_pair(tmp_path / "t", "01") / "sub-01_T2w.nii.gz"
+    scan = nib.load(path)
+    data = np.asarray(scan.dataobj).copy()
+    shown = np.zeros(data.shape, bool)
+    middle = data.shape[axis] // 2
+    shown[(slice(None),) * axis + (slice(middle - 4, middle + 4),)] = True
+    nib.Nifti1Image(np.where(shown, data, 0).astype(np.int16), scan.affine).to_filename(path)
+    with pytest.raises(ValueError, match=r"sub-01_T2w.nii.gz: covers \d+% of the brain"):
+        made(tmp_path / "t")
+
+
+def test_what_a_padded_scan_lacks_is_no_brain_of_the_pair(tmp_path):
+    path = write_pair(tmp_path / "t", "01") / "sub-01_T2w.nii.gz"
+    whole = made(tmp_path / "t")
+    scan = nib.load(path)
+    data = np.asarray(scan.dataobj).copy()
+    data[:14] = 0
+    nib.Nifti1Image(data, scan.affine).to_filename(path)
+    part = made(tmp_path / "t")
+    assert 0.5 < float(part.row["t2w_coverage"]) < 0.95 < float(whole.row["t2w_coverage"])
+    assert (part.t2w[part.mask] == -1).mean() < 0.02

@@ -23,8 +23,10 @@ def nets():
 
 @pytest.fixture
 def state(nets):
-    return {"config": CONFIG, "preprocessing": {"size": 32, "subjects": {"train": ["a_sub-01"]}},
-            "step": 7, "epoch": 1, "slices_seen": 14, "ema": EMA(nets).state_dict(),
+    preprocessing = {"size": 32, "spacing_mm": 3.0, "intensity": {"rule": "x"},
+                     "subjects": {"train": ["a_sub-01"]}}
+    return {"config": CONFIG, "preprocessing": preprocessing, "step": 7, "epoch": 1,
+            "slices_seen": 14, "ema": EMA(nets).state_dict(),
             "best": {"t2w_ssim": 0.5, "kept": [[0.5, 1]]}}
 
 

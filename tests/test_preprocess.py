@@ -897,3 +897,43 @@ def test_a_full_disk_names_the_file_and_the_next_run_goes_on(small_tree, small_s
     assert run(tmp_path / "out", small_tree,
                options=[*EXTRACTED, "--val", "04", "--test", "05"]).code == 0
     assert content(tmp_path / "out") == content(small_store)
+
+
+def test_a_person_whose_scans_were_compressed_anew_is_known_again(small_tree, tmp_path):
+    copy = tmp_path / "copy" / "sub-other" / "anat"
+    copy.mkdir(parents=True)
+    for kind in ("T1w", "T2w"):
+        packed = (small_tree / "sub-02" / "anat" / f"sub-02_{kind}.nii.gz").read_bytes()
+        (copy / f"sub-other_{kind}.nii").write_bytes(gzip.decompress(packed))
+    assert run(tmp_path / "out", small_tree, tmp_path / "copy").code == 3
+    assert "same scan as" in " ".join(skipped(tmp_path / "out").values())
+    assert len(SliceStore(tmp_path / "out").subjects) == 5
+
+
+def test_a_test_subject_that_cannot_be_used_costs_a_note_and_not_the_store(small_tree, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(small_tree, tree)
+    path = tree / "sub-03" / "anat" / "sub-03_T2w.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    outcome = run(tmp_path / "out", tree, "--test", "03", "04")
+    assert outcome.code == 3 and "note: --test 03: was left out" in outcome.out
+    assert "damaged" in skipped(tmp_path / "out")["tree_sub-03"]
+    assert [s["subject"] for s in SliceStore(tmp_path / "out").subjects
+            if s["split"] == "test"] == ["04"]
+    assert run(tmp_path / "other", tree, "--test", "77").code == 2
+
+
+def test_check_and_report_name_the_file_of_a_table_that_was_edited(small_tree, tmp_path):
+    out = tmp_path / "out"
+    run(out, small_tree)
+    header = json.loads((out / "store.json").read_text())
+    del header["sources"][0]["doi"], header["sources"][0]["name"]
+    (out / "store.json").write_text(json.dumps(header))
+    check = [preprocess.main, "--check", "--out", out]
+    assert run_command(*check).code == 0
+    del header["spacing_mm"]
+    (out / "store.json").write_text(json.dumps(header))
+    outcome = run_command(*check)
+    assert outcome.code == 2 and "store.json: lacks spacing_mm" in outcome.err
+    outcome = run_command(preprocess.main, "--report", "--out", tmp_path / "none")
+    assert outcome.code == 2 and "no slice store there" in outcome.err

@@ -414,6 +414,9 @@ def test_lost_weights_do_not_replace_good_ones(run, tmp_path):
     (["--betas", 0.5], "--betas (0.5,)"), (["--betas", 0.5, 1], "--betas (0.5, 1.0)"),
     (["--history-size", -1], "--history-size -1"), (["--seed", -1], "--seed -1"),
     (["--seed", 2 ** 32], "--seed 4294967296: must be below"),
+    (["--history-size", 10 ** 24], "--history-size: must be at most"),
+    (["--start-pairs", "1" + 400 * "0"], "--start-pairs: must be at most"),
+    (["--device", "cuda:²"], "--device cuda:²"),
     (["--gan-loss", "l2"], "invalid choice"), (["--device", "gpu"], "--device gpu"),
     (["--precision", "fp16"], "needs a CUDA device"), (["--steps", 5], "--steps"),
 ])
@@ -432,10 +435,58 @@ def test_a_store_that_is_none_is_one_error(run, tmp_path):
     assert outcome.code == 2 and "is a file; name a folder" in outcome.complaint
 
 
+def test_a_validation_slice_without_a_brain_is_found_before_an_epoch_is_trained(run, tmp_path):
+    store = write_store(tmp_path / "blank", SPLITS)
+    row = SliceStore(store).spans("val")[0][0] + 2
+    change_rows(store, "mask.npy", row, 0)
+    outcome = run("--max-steps", 1, store=store)
+    assert outcome.code == 2
+    assert f"mask.npy: no brain in row {row} (painted_sub-04)" in outcome.complaint
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_store_that_lacks_a_setting_is_one_error(run, tmp_path):
+    store = write_store(tmp_path / "poor", SPLITS)
+    header = json.loads((store / "store.json").read_text())
+    del header["spacing_mm"]
+    (store / "store.json").write_text(json.dumps(header))
+    outcome = run("--max-steps", 1, store=store)
+    assert outcome.code == 2 and "store.json: lacks spacing_mm" in outcome.complaint
+
+
+def test_no_memory_left_is_one_line(run, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(train, "train_step", full)
+    outcome = run("--max-steps", 1)
+    assert outcome.code == 1 and "no memory left" in outcome.err
+    assert "--history-size" in outcome.err
+
+
+def test_damaged_pictures_of_progress_spoil_no_finished_training(run, tmp_path):
+    run("--max-steps", 5)
+    next((tmp_path / "run" / "progress").glob("*.npz")).write_bytes(b"x")
+    outcome = run("--max-steps", 10)
+    assert outcome.code == 0 and "warning: no progress_*.gif" in outcome.out
+    assert "done: " in outcome.out
+    assert run("--gif").code == 2
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"12\n", b'{"kind": "loss"}\n', b"[]\n"])
+def test_a_damaged_line_of_metrics_goes_and_the_others_stay(run, tmp_path, line):
+    run("--max-steps", 5)
+    path = tmp_path / "run" / "metrics.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + line)
+    assert run("--max-steps", 5).code == 0
+    assert path.read_bytes() == before
+
+
 def test_a_store_without_training_subjects_is_one_error(run, tmp_path):
     untrained = write_store(tmp_path / "untrained", {"val": ["04"], "test": ["06"]})
     outcome = run("--max-steps", 1, store=untrained)
-    assert outcome.code == 2 and "the train split has 0 slices" in outcome.complaint
+    assert outcome.code == 2 and "the train split is empty" in outcome.complaint
 
 
 def test_no_constant_part_is_fine(run):
@@ -464,6 +515,10 @@ def test_options_come_from_a_file_and_the_command_line_stands_above_it(run, tmp_
     ("c.toml", "epochs = true", "epochs is True, should be like 100"),
     ("c.toml", "lr = -1", "--lr -1.0"),
     ("c.toml", "lr =", "c.toml: not TOML"), ("c.json", "{", "c.json: not JSON"),
+    ("c.json", "[]", "should hold options by name"), ("c.json", "3", "should hold options"),
+    ("c.json", "[" * 99_999, "not JSON"),
+    ("c.json", '{"lr": 1' + 400 * "0" + "}", "beyond any number"),
+    ("c.toml", "recipe = 'paper'", "named on the command line, with --recipe paper"),
     ("c.toml", None, "c.toml: no such file"),
 ])
 def test_a_config_file_that_cannot_be_used_is_one_error(run, tmp_path, name, text, said):

@@ -407,3 +407,58 @@ def test_the_signal_handlers_of_before_come_back(run):
         assert signal.getsignal(signal.SIGINT) is mine
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_begun_from_another_folder_goes_on_from_its_own_last_pt(run, tmp_path):
+    run("--max-steps", 3, folder="old")
+    options = ["--resume", tmp_path / "old" / "last.pt"]
+    run("--max-steps", 5, *options, folder="new")
+    outcome = run("--max-steps", 8, *options, folder="new")  # as torchrun begins a run again
+    assert outcome.code == 0 and "going on from" in outcome.out and "step 5" in outcome.out
+    steps = [r["step"] for r in records(tmp_path / "new", "validation")]
+    assert steps == [5, 8]
+
+
+def test_a_damaged_last_pt_is_put_aside_and_not_kept_as_the_one_before(run, tmp_path):
+    run("--max-steps", 7)
+    damage(tmp_path / "run" / "last.pt")
+    damaged = (tmp_path / "run" / "last.pt").read_bytes()
+    assert run("--max-steps", 9).code == 0
+    assert checkpoint.load(tmp_path / "run" / "last.previous.pt", resume=True)["step"] == 5
+    assert (tmp_path / "run" / "last.damaged.pt").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("part, name", [("best", "judged_step"), ("sampler", "sums"),
+                                        ("preprocessing", "subjects"), ("ema", "F")])
+def test_a_checkpoint_that_lacks_something_inside_is_one_error(run, tmp_path, part, name):
+    run("--max-steps", 1)
+    path = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(path, resume=True)
+    del state[part][name]
+    checkpoint.save(path, state, keep_previous=False)
+    outcome = run("--max-steps", 2)
+    assert outcome.code == 2 and f"checkpoint lacks {part}.{name}" in outcome.complaint
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_same_subjects_of_other_scans_are_another_store(run, tmp_path, split):
+    stores = {}
+    for name in ("first", "again"):
+        stores[name] = write_store(tmp_path / name, SPLITS)
+        table = stores[name] / "subjects.tsv"
+        names, *lines = [line.split("\t") for line in table.read_text().splitlines()]
+        for cells in lines:
+            changed = name == "again" and cells[names.index("split")] == split
+            cells[names.index("t1w_sha256")] = f"{int(changed)}{cells[0]}".encode().hex()
+        table.write_text("\n".join("\t".join(cells) for cells in [names, *lines]) + "\n")
+    assert run("--max-steps", 5, store=stores["first"]).code == 0
+    outcome = run("--max-steps", 10, store=stores["again"])
+    assert outcome.code == 2
+    assert f"its {split} split has the same subjects" in outcome.complaint
+    assert run("--max-steps", 10, store=stores["first"]).code == 0
+    state = checkpoint.load(tmp_path / "run" / "last.pt", resume=True)
+    state["best"]["t2w_ssim"] = 0.999  # of the scans before
+    checkpoint.save(tmp_path / "run" / "last.pt", state)
+    assert run("--max-steps", 15, "--override", store=stores["again"]).code == 0
+    best = checkpoint.load(tmp_path / "run" / "last.pt", resume=True)["best"]
+    assert (best["t2w_ssim"] == 0.999) == (split == "train")

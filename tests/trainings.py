@@ -41,7 +41,8 @@ def run_fixture(slices, tmp_path):
 
 def alone(config=CONFIG, steps_per_epoch=10):
     """A training in this process."""
-    return Training(config, Process(0, 1, CPU), steps_per_epoch)
+    record = {"size": 32, "spacing_mm": 4.0, "intensity": {}, "subjects": {}}
+    return Training(config, Process(0, 1, CPU), steps_per_epoch, record)
 
 
 def draw_slices(n, seed=0, size=32):
