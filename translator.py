@@ -173,7 +173,9 @@ class Translator:
             raise ValueError(f"direction '{direction}' is unknown; one of {', '.join(DIRECTIONS)}")
         mask, inside, method = found or self.find_brain(volume)
         plain = cut(volume, mask, self.record)
-        warnings = self._judge(plain, volume, mask, DIRECTIONS[direction][0], wanted.force)
+        taken = ("; it was taken for an extracted brain: if it is a whole head, say so with "
+                 "--brain-extraction" if method == "none" and self._extraction == "auto" else "")
+        warnings = self._judge(plain, volume, mask, DIRECTIONS[direction][0], wanted.force, taken)
         if method not in ("none", "mask") and (fault := brain.strange_background(volume)):
             warnings.append(f"taken for a whole head (brain by {method}); if it is extracted: its "
                             f"{fault}")
@@ -268,8 +270,11 @@ class Translator:
         return methods[0] if methods else "hd-bet"
 
     def _judge(self, stack: Cut, volume: Volume, mask: np.ndarray, suffix: str,
-               force: bool) -> list[str]:
-        """Refuse the other contrast; say what is unlike the training data."""
+               force: bool, taken: str) -> list[str]:
+        """Refuse the other contrast; say what is unlike the training data.
+
+        `taken` : how its brain was found, where that may be why
+        """
         warnings = []
         figures = stack.measure(self.record["spacing_mm"])
         found = contrast.tell(figures)
@@ -279,8 +284,8 @@ class Translator:
             text = f"looks like a {found}, not like a {suffix} ({figures})"
             if not force:
                 raise ValueError(f"{volume.path}: {text}; choose the other --direction, or --force "
-                                 f"if it is a {suffix}")
-            warnings.append(text)
+                                 f"if it is a {suffix}{taken}")
+            warnings.append(text + taken)
         if stack.placement.cut_share > MOST_CUT:
             warnings.append(f"{100 * stack.placement.cut_share:.1f} % of the brain lies outside "
                             f"the frame of {self.record['size']} pixels and is filled with its rim")

@@ -1,5 +1,6 @@
 """Tests of translate.py: names, trees, records, maps, exports, errors; `translate_volume`."""
 
+import errno
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from scipy import ndimage
 import device
 import translate
 import translation_jobs
-from data import brain
+from data import brain, nifti
 from data.derivatives import write_record
 from data.histogram import PERCENTILES, Standard, landmarks
 from models import checkpoint, export
@@ -213,6 +214,7 @@ def test_a_checkpoint_that_is_none_is_one_error(command, ckpt, tmp_path):
 
 @pytest.mark.parametrize("options, said", [
     (["--brain-ml", "2000", "800"], "--brain-ml 2000.0 800.0: smallest, then largest"),
+    (["--brain-ml", "800", "inf"], "--brain-ml 800.0 inf: smallest, then largest"),
     (["--batch-size", "0"], "--batch-size 0"), (["--direction", "up"], "invalid choice"),
     (["--device", "tpu"], "--device tpu"), (["--brain-extraction", "bet"], "invalid choice"),
 ])
@@ -580,6 +582,61 @@ def test_translate_volume_takes_images_and_a_checkpoint_or_a_translator(ckpt, tm
         translate_volume(real, made)
     with pytest.raises(ValueError, match="precision: give this to the Translator"):
         translate_volume(image, made, "t1w-to-t2w", precision="fp32")
+
+
+def test_translate_volume_takes_a_files_name_and_refuses_what_is_no_image(ckpt, tmp_path):
+    image = scan((40, 48, 36), (4, 4, 4), "LPS")
+    image.to_filename(tmp_path / "sub-01_T1w.nii.gz")
+    made = Translator(ckpt, device="cpu", precision="fp32")
+    wanted = made(image, "t1w-to-t2w").get_fdata()
+    for name in (tmp_path / "sub-01_T1w.nii.gz", str(tmp_path / "sub-01_T1w.nii.gz")):
+        assert np.array_equal(translate_volume(name, made).get_fdata(), wanted)
+    for no_image in (np.zeros((4, 4, 4)), None):
+        with pytest.raises(ValueError, match="is no nibabel image"):
+            translate_volume(no_image, made, "t1w-to-t2w")
+    with pytest.raises(ValueError, match="is no nibabel image"):
+        translate_volume(image, made, "t1w-to-t2w", match=np.zeros(3))
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"precision": "fp8"}, "choose from auto, fp32"), ({"batch_size": 0}, "batch_size 0"),
+    ({"brain_ml": (5, 1)}, r"brain_ml \(5, 1\)"), ({"brain_ml": (1, np.inf)}, "brain_ml"),
+])
+def test_a_translators_options_that_cannot_work_are_refused_at_once(ckpt, options, said):
+    with pytest.raises(ValueError, match=said):
+        Translator(ckpt, device="cpu", **options)
+
+
+def test_a_link_to_nothing_costs_itself_only_and_names_its_cure(command, tmp_path):
+    scan((40, 48, 36), (4, 4, 4)).to_filename(tmp_path / "sub-01_T1w.nii.gz")
+    (tmp_path / "sub-02_T1w.nii.gz").symlink_to(tmp_path / "annex" / "gone")
+    outcome = command(tmp_path / "sub-01_T1w.nii.gz", tmp_path / "sub-02_T1w.nii.gz")
+    assert outcome.code == 3 and "datalad get" in outcome.out + outcome.err
+    assert (tmp_path / "out" / "sub-01_desc-synthetic_T2w.nii.gz").exists()
+    assert command(tmp_path / "sub-02_T1w.nii.gz").code == 2
+
+
+def test_a_full_disk_is_named_with_its_cure_and_nothing_is_half_written(command, tmp_path,
+                                                                        monkeypatch):
+    scan((40, 48, 36), (4, 4, 4)).to_filename(tmp_path / "sub-01_T1w.nii.gz")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nifti.os, "fsync", full)
+    outcome = command(tmp_path / "sub-01_T1w.nii.gz")
+    assert outcome.code == 1 and "No space left on device; make room" in outcome.err
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_head_taken_for_a_brain_is_told_so_where_it_looks_like_the_other_contrast(ckpt):
+    t1w = scan((40, 48, 36), (4, 4, 4))
+    made = Translator(ckpt, device="cpu", precision="fp32")
+    with pytest.raises(ValueError, match="if it is a whole head, say so with --brain-extraction$"):
+        made(t1w, "t2w-to-t1w")
+    told = Translator(ckpt, device="cpu", precision="fp32", brain_extraction="none")
+    with pytest.raises(ValueError, match="or --force if it is a T2w$"):
+        told(t1w, "t2w-to-t1w")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load:FutureWarning")
