@@ -165,9 +165,20 @@ def doubt_geometry(path: str | os.PathLike) -> str:
     elif not pixdim.all():
         raise ValueError(f"{path}: pixdim {_sizes(pixdim)} mm gives no voxel size, and there is no "
                          "sform; mend its header, or convert the scan again")
+    if sform > 0 and qform > 0 and _mirrored(header):
+        return (f"{path.name}: sform and qform mirror each other; the sform is taken, left and "
+                "right are a guess")
     return "" if sform > 0 or qform > 0 else (
         f"{path.name} does not say how the head lies (sform and qform codes 0): left and right "
         "are a guess")
+
+
+def _mirrored(header: Any) -> bool:
+    """Whether a header's two affines have left and right in two places."""
+    with contextlib.suppress(Exception):  # a qform that is none, in one of several ways
+        sform, qform = (affine[:3, :3] for affine in (header.get_sform(), header.get_qform()))
+        return bool(np.linalg.det(sform) * np.linalg.det(qform) < 0)
+    return False
 
 
 def _check_stretch(path: Path, sform_mm: np.ndarray, pixdim_mm: np.ndarray) -> None:

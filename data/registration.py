@@ -19,6 +19,7 @@ from data.volume import grid_of, resample, to_sitk
 BINS = 40
 MAX_MOVE_MM = 30.0
 MAX_TURN_DEG = 30.0
+WRONG_HEADERS = 2.0  # times the mutual information that they have, by a search that went far off
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -108,7 +109,10 @@ def register_rigid(t1w: Fixed, t2w: Volume, *, seed: int = 0) -> Registration:
     after = mutual_information(t1w, t2w, matrix)
     moved = _matrix_moves(matrix, t1w.middle_lps)
     if moved[0] > MAX_MOVE_MM or moved[1] > MAX_TURN_DEG:
-        note = f"search moved {moved[0]:.0f} mm and {moved[1]:.0f} degrees; headers kept"
+        note = (f"search moved {moved[0]:.0f} mm and {moved[1]:.0f} degrees, mutual information "
+                f"{before:.3f} to {after:.3f}; headers kept")
+        if after > WRONG_HEADERS * before:
+            note += ", which seem wrong: look at it, or leave the pair out"
         return Registration(np.eye(4), "headers", 0.0, 0.0, before, before, note)
     if not after >= before:
         # within a millimetre and a degree the headers were right, and there is nothing to note

@@ -247,6 +247,13 @@ def test_an_orientation_that_no_header_tells_is_called_a_guess(tmp_path):
     assert "a.nii.gz does not say how the head lies" in nifti.doubt_geometry(tmp_path / "a.nii.gz")
 
 
+def test_two_affines_that_mirror_each_other_leave_left_and_right_in_doubt(tmp_path):
+    made = with_forms(1, 1)
+    made.set_qform(made.affine @ np.diag([-1, 1, 1, 1]), 1)
+    made.to_filename(tmp_path / "a.nii.gz")
+    assert "sform and qform mirror each other" in nifti.doubt_geometry(tmp_path / "a.nii.gz")
+
+
 @pytest.mark.parametrize("content, message", [
     (with_pixdim(with_forms(0, 1), 0, 1.3, 2.1), "pixdim 0 x 1.3 x 2.1 mm gives no voxel size"),
     (with_pixdim(with_forms(0, 0), 1, 1.3, 0), "pixdim 1 x 1.3 x 0 mm gives no voxel size"),

@@ -90,6 +90,7 @@ def test_a_movement_beyond_belief_keeps_the_headers_alignment_and_says_so(matrix
     assert found.method == "headers"
     np.testing.assert_array_equal(found.matrix, np.eye(4))
     assert "headers kept" in found.note and "search moved" in found.note
+    assert "headers kept, which seem wrong" in found.note  # they are, here
     assert (found.translation_mm, found.rotation_deg) == (0, 0)
     assert found.mi_after == found.mi_before
 
