@@ -106,28 +106,29 @@ def test_a_read_only_tree_by_any_path_gives_the_same_bytes(small_tree, tmp_path,
 
 
 def test_orientation_file_type_and_compression_do_not_matter(tmp_path):
-    """One head, written in six ways: the same voxels, so the same slices."""
-    anat = write_pair(tmp_path / "heads", "01", person=7)
+    """One head, written in six ways: the same voxels, so the same slices (in six sessions, since as
+    six subjects it is one person under six names)."""
+    anat = write_pair(tmp_path / "heads", "01", session="1", person=7)
     one, two = nib.Nifti1Image, nib.Nifti2Image
     for n, (axes, kind, dtype, ending) in enumerate((
             ("LPS", one, np.int16, ".nii.gz"), ("LAS", one, np.uint16, ".nii"),
             ("PIR", two, np.int16, ".nii.gz"), ("SRP", one, np.float32, ".nii"),
             ("RAS", one, np.float64, ".nii.gz")), start=2):
-        folder = tmp_path / "heads" / f"sub-{n:02d}" / "anat"
+        folder = tmp_path / "heads" / "sub-01" / f"ses-{n}" / "anat"
         folder.mkdir(parents=True)
         for suffix in ("T1w", "T2w"):
-            image = nib.load(anat / f"sub-01_{suffix}.nii.gz")
+            image = nib.load(anat / f"sub-01_ses-1_{suffix}.nii.gz")
             turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine),
                                                    nib.orientations.axcodes2ornt(axes))
             image = image.as_reoriented(turn)
             data = np.asarray(image.dataobj).astype(dtype)
             data = data[..., None] if axes == "LAS" else data  # 4-D with one volume
             kind(data, image.affine, dtype=dtype).to_filename(
-                folder / f"sub-{n:02d}_{suffix}{ending}")
+                folder / f"sub-01_ses-{n}_{suffix}{ending}")
     assert run(tmp_path / "out", tmp_path / "heads").code == 0
     opened = SliceStore(tmp_path / "out")
     assert len(opened.subjects) == 6
-    first = rows_of(tmp_path / "out", "heads_sub-01")[0]
+    first = rows_of(tmp_path / "out", "heads_sub-01_ses-1")[0]
     for subject in opened.subjects[1:]:
         assert rows_of(tmp_path / "out", subject["id"])[0] == first, subject["id"]
 
