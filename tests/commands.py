@@ -35,6 +35,8 @@ def run_command(main, *args):
     out, err = io.StringIO(), io.StringIO()
     terminated = signal.getsignal(signal.SIGTERM)
     handlers, level = logging.root.handlers[:], logging.root.level
+    nibabels = logging.getLogger("nibabel.global")
+    its_level = nibabels.level
     trying_out = torch.backends.cudnn.benchmark  # a training turns it on, for its process
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -46,5 +48,6 @@ def run_command(main, *args):
         signal.signal(signal.SIGTERM, terminated)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
+        nibabels.setLevel(its_level)
         torch.backends.cudnn.benchmark = trying_out
     return Outcome(code, out.getvalue(), err.getvalue())

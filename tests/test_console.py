@@ -93,9 +93,6 @@ def test_a_reader_that_leaves_stops_no_work_and_causes_no_traceback(tmp_path):
     (errno.EROFS, 2, "/there: Read-only file system; name another place"),
     (errno.ENAMETOOLONG, 2, "File name too long: /there"),
 ])
-def test_what_a_disk_refuses_is_said_with_its_cure(number, code, said, capsys):
-    def main(_):
-        raise OSError(number, os.strerror(number), "/there")
-
-    assert console.run(main) == code
-    assert said in capsys.readouterr().err
+def test_what_a_disk_refuses_is_said_with_its_cure(number, code, said):
+    outcome = run_command(raising(OSError(number, os.strerror(number), "/there")))
+    assert outcome.code == code and said in outcome.complaint
