@@ -951,6 +951,13 @@ def test_options_that_cannot_work_are_one_error(ckpt, store, tmp_path, options, 
     assert outcome.code == 2 and said in outcome.complaint
 
 
+@pytest.mark.parametrize("option", ["--features", "--tissues", "--lesions"])
+def test_a_name_that_is_nowhere_is_told_before_a_ceiling_is_trained(ckpt, store, tmp_path, option):
+    outcome = evaluated(ckpt, store.folder, tmp_path / "e", "--ceiling", option, tmp_path / "none")
+    assert outcome.code == 2 and "none" in outcome.complaint
+    assert not (tmp_path / "e" / "ceiling.pt").exists()
+
+
 def test_results_go_beside_the_checkpoint_unless_told_otherwise(ckpt, store, tmp_path, unpainted):
     beside = tmp_path / "best.pt"
     beside.write_bytes(ckpt.read_bytes())
