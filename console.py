@@ -19,9 +19,8 @@ _CURES: dict[type[OSError], str] = {
     FileExistsError: "move away what is there, or name another place",
     NotADirectoryError: "a file is where a folder should be: name another place",
     IsADirectoryError: "a folder is where a file should be: move it away, or name another place"}
-# not the user's mistake, but for the user to mend
-_THEIRS = (errno.ENAMETOOLONG, errno.EROFS)
-_MAKE_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_THEIRS = (errno.ENAMETOOLONG, errno.EROFS)  # as wrong a place as those above
+_MAKE_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no mistake, but for the user to mend
 
 
 class OneLineParser(argparse.ArgumentParser):

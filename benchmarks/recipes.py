@@ -211,13 +211,14 @@ def claim(job: Job, fold: Path, args: argparse.Namespace) -> None:
     asked = {"options": [*job.options], "seed": job.seed, "features": args.features,
              "pairs": args.pairs, "epochs": args.epochs,
              "subjects_sha256": hashlib.sha256((fold / "subjects.tsv").read_bytes()).hexdigest()}
-    if path.exists():
+    begun = (job.folder / "run").exists()
+    if path.exists() and begun:
         there = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in asked if asked[name] != there.get(name)]
-        if other and (job.folder / "run").exists():
+        if other:
             raise ValueError(f"{job.folder}: has a run with other {', '.join(other)}; take another "
                              "--out, or delete the folder")
-    elif (job.folder / "run").exists():
+    elif begun:
         raise ValueError(f"{job.folder}: has a run, and no job.json that says of what; take "
                          "another --out, or delete the folder")
     else:
@@ -268,7 +269,7 @@ def _of_kind(run: Path, kind: str) -> Iterable[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # a kill cut it short
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill cut it short
                 line = json.loads(text)
                 if line["kind"] == kind:
                     yield line

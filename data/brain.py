@@ -99,7 +99,7 @@ def given_mask(path: Path, t1w: Volume) -> np.ndarray:
     """
     mask = read_volume(path)
     found = _on_grid_of(t1w, mask, path)
-    dark = float((t1w.data[found] == 0).mean())
+    dark = float((t1w.data[found] == 0).sum()) / max(int(found.sum()), 1)
     if dark > MOST_EMPTY:
         raise ValueError(f"{path}: {dark:.0%} of it is empty in {t1w.path}; it lies elsewhere, so "
                          "save it on that scan's grid")

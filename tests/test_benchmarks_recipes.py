@@ -163,6 +163,19 @@ def test_a_mistaken_option_claims_no_folder(slices, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_job_that_never_ran_may_get_other_options(slices, tmp_path, monkeypatch):
+    def call(*_, **__):
+        raise ChildProcessError("as far as this")
+
+    monkeypatch.setattr(recipes, "call", call)
+    for options in ("--lr 1e-3", "--lr 1e-4"):
+        with pytest.raises(ChildProcessError, match="as far as this"):
+            recipes.main(["--slices", str(slices), "--out", str(tmp_path), "--held-out", "01",
+                          "--pairs", "20", "--epochs", "5", "--recipes", f"x={options}"])
+        said = json.loads((tmp_path / "x" / "fold0_seed0" / "job.json").read_text())
+        assert said["options"] == options.split()
+
+
 def test_a_run_is_done_when_its_checkpoint_is_of_the_last_step_and_judged(tmp_path):
     state = {"config": {"features": 4, "blocks": 1, "upsample": "transpose"},
              "preprocessing": {"size": 32, "spacing_mm": 4.0, "intensity": {}, "subjects": {}},
@@ -179,7 +192,7 @@ def test_a_run_is_done_when_its_checkpoint_is_of_the_last_step_and_judged(tmp_pa
 
 def test_a_line_of_metrics_that_a_kill_cut_short_is_passed_over(tmp_path):
     line = '{"kind": "validation", "step": 3}'
-    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line[:20]}")
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n12\n{{"step": 1}}\n{line[:20]}')
     assert recipes.read_curve(tmp_path) == [{"kind": "validation", "step": 3}]
 
 

@@ -273,6 +273,15 @@ def test_a_deepbet_that_breaks_while_it_is_imported_is_one_error(tmp_path, monke
         brain.make_extractor("deepbet")
 
 
+def test_an_empty_given_mask_is_left_to_be_judged(tmp_path):
+    t1w = scan(head())
+    path = tmp_path / "mask.nii.gz"
+    none = np.zeros(SHAPE, np.uint8)
+    none[0, 0, 0] = 1  # a file of one value is refused as it is read
+    nib.Nifti1Image(none * 0.4, t1w.affine).to_filename(path)
+    assert not brain.given_mask(path, t1w).any()
+
+
 @pytest.mark.parametrize("off_mm, said", [(60, "of it"), (120, "does not overlap|outside")])
 def test_a_given_mask_that_lies_elsewhere_is_refused(off_mm, said, tmp_path):
     t1w = scan(head())
