@@ -1,7 +1,7 @@
 """Which T1w and T2w belong to which subject and session of a BIDS tree.
 
-Owns file names only; it opens no volume. BIDS: Gorgolewski et al. 2016,
-https://bids.neuroimaging.io.
+Owns file names; of a volume it reads the header, and that only where there are several to choose
+from. BIDS: Gorgolewski et al. 2016, https://bids.neuroimaging.io.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from data.nifti import NotNow, read_grid
 
 SUFFIXES = ("T1w", "T2w")
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+.]+)$")
+_OF_PARTS = re.compile("hipp|^hip$|mtl|slab|spine$|cervical|orbit|pituit", re.IGNORECASE)
+SLAB_MM = 70  # a box that is thinner holds no brain, but for a newborn's
 _OF_MASKS = ("desc", "space", "res", "label")  # entities that say nothing about the scan
 
 
@@ -31,6 +35,13 @@ class Scan:
     def get(self, entity: str) -> str | None:
         """The entity's label, None where the name has none."""
         return dict(self.entities).get(entity)
+
+
+class Look(NamedTuple):
+    """What a scan's header shows: whether it is no whole head, and its thickest side of a voxel."""
+
+    is_slab: bool = False
+    slice_mm: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,12 @@ def subject_id(dataset: str, subject: str, session: str) -> str:
 def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject], dict[str, str]]:
     """Pair T1w and T2w in a BIDS tree, session by session.
 
-    Of several scans of one kind the one is taken that stands first in this order: magnitude before
-    phase, without contrast agent (`ce-`) before with, not resampled or processed (`space-`, `res-`,
-    `desc-`) before, fewer entities before more, and the lowest `run-` index: a repeat is numbered
-    after the scan that it repeats. A file with `part-phase`, `part-real` or `part-imag` is never
+    Of several scans of one kind the one is taken that stands first in this order: without contrast
+    agent (`ce-`) before with, not resampled or processed (`space-`, `res-`, `desc-`) before, whole
+    heads before slabs (less than `SLAB_MM` one way, or called after a part of the head:
+    `acq-hippocampus`) and headers that cannot be used, fewer entities before more, thin slices
+    before thick ones (to the millimetre), and the lowest `run-` index: a repeat is numbered after
+    the scan that it repeats. A file with `part-phase`, `part-real` or `part-imag` is never
     taken, nor one that bears another subject's or session's name than its folder.
 
     Parameters
@@ -94,7 +107,8 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     for anat, subject, session in _anat_folders(root):
         where = anat.relative_to(root).as_posix()
         try:
-            t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session)
+            t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session,
+                                          look=_look)
         except OSError as error:
             t1w, t2w, reason = None, None, f"{where}: cannot be read ({error.strerror}); mend that"
         if t1w and t2w:
@@ -110,8 +124,9 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     return sorted(subjects, key=lambda s: s.id), missing
 
 
-def pair_scans(files: Iterable[Path], where: str, subject: str,
-               session: str) -> tuple[Path | None, Path | None, str]:
+def pair_scans(files: Iterable[Path], where: str, subject: str, session: str,
+               look: Callable[[Path], Look] | None = None,
+               ) -> tuple[Path | None, Path | None, str]:
     """The T1w and T2w of one `anat` folder.
 
     Parameters
@@ -119,6 +134,7 @@ def pair_scans(files: Iterable[Path], where: str, subject: str,
     files : all that is there
     where : the folder's name below the tree, for the reason
     subject, session : labels that the folder's name has
+    look : what the header of a file shows; None where the files are not here
 
     Returns
     -------
@@ -130,7 +146,7 @@ def pair_scans(files: Iterable[Path], where: str, subject: str,
     scans = [scan for scan in named if belongs(scan.path.name, subject, session)]
     strange = [scan.path.name for scan in named
                if scan.suffix in SUFFIXES and scan not in scans]
-    chosen = [choose(scans, suffix) for suffix in SUFFIXES]
+    chosen = [choose(scans, suffix, look) for suffix in SUFFIXES]
     t1w, t2w = (scan.path if scan else None for scan in chosen)
     reason = ""
     if not (t1w and t2w):
@@ -213,18 +229,36 @@ def parse_name(path: Path) -> Scan | None:
     return Scan(path, tuple(p for p in pairs if p[0] not in ("sub", "ses")), match.group(2))
 
 
-def choose(scans: list[Scan], suffix: str) -> Scan | None:
+def choose(scans: list[Scan], suffix: str,
+           look: Callable[[Path], Look] | None = None) -> Scan | None:
     """The scan of a kind that `find_subjects` describes, None where there is none."""
     fit = [s for s in scans if s.suffix == suffix and s.get("part") in (None, "mag")]
-    return min(fit, key=_rank) if fit else None
+    if look is None or len(fit) < 2:
+        return min(fit, key=_rank, default=None)
+    seen = {scan.path: look(scan.path) for scan in fit}
+    return min(fit, key=lambda scan: _rank(scan, seen[scan.path]))
 
 
-def _rank(scan: Scan) -> tuple:
+def _look(path: Path) -> Look:
+    """What a header shows; nothing where the file is not to be had just now."""
+    try:
+        grid = read_grid(path)
+    except (FileNotFoundError, NotNow):
+        return Look()
+    except ValueError:
+        return Look(is_slab=True)
+    sides_mm = grid.spacing_mm * grid.shape
+    return Look(bool(sides_mm.min() < SLAB_MM), round(float(grid.spacing_mm.max())))
+
+
+def _rank(scan: Scan, look: Look = Look()) -> tuple:
     run = scan.get("run") or ""
     return (
         scan.get("ce") is not None,
         any(scan.get(e) is not None for e in ("space", "res", "desc")),
+        look.is_slab or any(_OF_PARTS.search(label) for e, label in scan.entities if e == "acq"),
         len([e for e, _ in scan.entities if e not in ("run", "part")]),
+        look.slice_mm,
         int(run) if run.isdigit() else 0,
         not scan.path.name.endswith(".gz"),
         scan.path.name,

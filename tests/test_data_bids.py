@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from data import bids
@@ -282,3 +284,60 @@ def test_a_link_gives_a_tree_the_name_that_its_folder_cannot_have(tmp_path):
         (tmp_path / study / "rawdata").mkdir(parents=True)
         (tmp_path / f"study-{study}").symlink_to(tmp_path / study / "rawdata")
     assert [bids.dataset_name(tmp_path / f"study-{s}") for s in "ab"] == ["study-a", "study-b"]
+
+
+# ------------------------------------------------------------------------- several, by what is in
+
+
+def put(path, shape, spacing_mm):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.Nifti1Image(np.ones(shape, np.uint8), np.diag([*spacing_mm, 1.0])).to_filename(path)
+
+
+WHOLE, THICK = ((90, 100, 90), (2, 2, 2)), ((90, 100, 30), (2, 2, 5))
+SLAB = (90, 100, 24), (2, 2, 2)
+
+
+@pytest.mark.parametrize("better, worse", [
+    (("acq-whole", WHOLE), ("acq-part", SLAB)),  # as their names would not have it
+    (("acq-space", WHOLE), ("", SLAB)),
+    (("acq-space", WHOLE), ("acq-2d", THICK)),
+    (("acq-zoomed", THICK), ("acq-fine", SLAB)),
+    (("", THICK), ("acq-space", WHOLE)),  # the plain name first, if the whole head is there
+    (("run-1", WHOLE), ("run-2", WHOLE)),
+    (("run-2", WHOLE), ("run-1", SLAB)),
+    (("run-1", SLAB), ("run-2", SLAB)),
+])
+def test_of_several_scans_whole_heads_and_thin_slices_are_taken_first(better, worse, tmp_path):
+    root = grow(tmp_path / "study", BOTH[0])
+    found = []
+    for entity, (shape, spacing_mm) in (better, worse):
+        found.append(f"sub-01_{entity}_T2w.nii.gz".replace("__", "_"))
+        put(root / "sub-01" / "anat" / found[-1], shape, spacing_mm)
+    assert bids.find_subjects(root)[0][0].t2w.name == found[0]
+
+
+def test_a_scan_that_cannot_be_used_gives_way_to_one_that_can(tmp_path):
+    root = grow(tmp_path / "study", BOTH[0])
+    anat = root / "sub-01" / "anat"
+    (anat / "sub-01_run-1_T2w.nii.gz").write_text("<html>504 Gateway Time-out</html>")
+    put(anat / "sub-01_run-2_T2w.nii.gz", (4, 100, 100), (2, 2, 2))  # a localiser
+    put(anat / "sub-01_run-3_T2w.nii.gz", *WHOLE)
+    assert bids.find_subjects(root)[0][0].t2w.name == "sub-01_run-3_T2w.nii.gz"
+
+
+def test_a_link_to_what_is_not_fetched_yet_is_taken_as_its_name_has_it(tmp_path):
+    root = grow(tmp_path / "study", BOTH[0])
+    put(root / "sub-01" / "anat" / "sub-01_run-2_T2w.nii.gz", *WHOLE)
+    (root / "sub-01" / "anat" / "sub-01_run-1_T2w.nii.gz").symlink_to("annex")
+    assert bids.find_subjects(root)[0][0].t2w.name == "sub-01_run-1_T2w.nii.gz"
+
+
+def test_what_is_called_after_a_part_of_the_head_is_taken_last_where_it_cannot_be_looked_at():
+    def chosen(*labels):
+        files = [Path(os.devnull, f"sub-01_acq-{label}_T2w.nii.gz") for label in labels]
+        return bids.pair_scans(files, "sub-01/anat", "01", "")[1].name.split("_")[1]
+
+    assert chosen("hippocampus", "whole") == "acq-whole"
+    assert chosen("2dMTL", "cspine", "space") == "acq-space"
+    assert chosen("spinecho", "tse") == "acq-spinecho" and chosen("hipp") == "acq-hipp"
