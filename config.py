@@ -101,8 +101,8 @@ HELP = {
         "strict_unpaired": "T1w from one half of the training subjects, T2w from the other, so "
                            "that no head is seen in both",
         "balance": "show each volume equally often, however many slices it has",
-        "standardise": "contrasts whose volumes the nets are shown with one histogram, the mean of "
-                       "training (landmarks of Nyul and Udupa 1999), here and wherever the "
+        "standardise": "contrasts whose volumes the nets are shown with one histogram, the median "
+                       "of training (landmarks of Nyul and Udupa 1999), here and wherever the "
                        "checkpoint is used",
         "standardise_targets": "contrasts whose slices have that histogram where D judges them and "
                                "where the cycle is to come back to, whatever they are shown with",
