@@ -79,11 +79,12 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
 
     Of several scans of one kind the one is taken that stands first in this order: without contrast
     agent (`ce-`) before with, not resampled or processed (`space-`, `res-`, `desc-`) before, whole
-    heads before slabs (less than `SLAB_MM` one way, or called after a part of the head:
-    `acq-hippocampus`) and headers that cannot be used, fewer entities before more, thin slices
-    before thick ones (to the millimetre), and the lowest `run-` index: a repeat is numbered after
-    the scan that it repeats. A file with `part-phase`, `part-real` or `part-imag` is never
-    taken, nor one that bears another subject's or session's name than its folder.
+    heads before slabs (less than `SLAB_MM` one way, or called after a part of the head: `acq-
+    hippocampus`) and headers that cannot be used, fewer entities before more, thin slices before
+    thick ones (to the millimetre), and the lowest `run-` index: a repeat is numbered after the scan
+    that it repeats. Where one of them is not fetched yet, names alone decide. A file with `part-
+    phase`, `part-real` or `part-imag` is never taken, nor one that bears another subject's or
+    session's name than its folder.
 
     Parameters
     ----------
@@ -125,7 +126,7 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
 
 
 def pair_scans(files: Iterable[Path], where: str, subject: str, session: str,
-               look: Callable[[Path], Look] | None = None,
+               look: Callable[[Path], Look | None] | None = None,
                ) -> tuple[Path | None, Path | None, str]:
     """The T1w and T2w of one `anat` folder.
 
@@ -134,7 +135,7 @@ def pair_scans(files: Iterable[Path], where: str, subject: str, session: str,
     files : all that is there
     where : the folder's name below the tree, for the reason
     subject, session : labels that the folder's name has
-    look : what the header of a file shows; None where the files are not here
+    look : what the header of a file shows, None where it is not here; without it names decide
 
     Returns
     -------
@@ -230,21 +231,24 @@ def parse_name(path: Path) -> Scan | None:
 
 
 def choose(scans: list[Scan], suffix: str,
-           look: Callable[[Path], Look] | None = None) -> Scan | None:
+           look: Callable[[Path], Look | None] | None = None) -> Scan | None:
     """The scan of a kind that `find_subjects` describes, None where there is none."""
     fit = [s for s in scans if s.suffix == suffix and s.get("part") in (None, "mag")]
     if look is None or len(fit) < 2:
         return min(fit, key=_rank, default=None)
-    seen = {scan.path: look(scan.path) for scan in fit}
-    return min(fit, key=lambda scan: _rank(scan, seen[scan.path]))
+    seen = [found for found in (look(scan.path) for scan in fit) if found is not None]
+    if len(seen) < len(fit):  # what is here may neither win nor lose by being here
+        return min(fit, key=_rank)
+    ranks = list(map(_rank, fit, seen))
+    return fit[ranks.index(min(ranks))]
 
 
-def _look(path: Path) -> Look:
-    """What a header shows; nothing where the file is not to be had just now."""
+def _look(path: Path) -> Look | None:
+    """What a header shows; None where the file is not to be had just now."""
     try:
         grid = read_grid(path)
     except (FileNotFoundError, NotNow):
-        return Look()
+        return None
     except ValueError:
         return Look(is_slab=True)
     sides_mm = grid.spacing_mm * grid.shape

@@ -326,10 +326,15 @@ def test_a_scan_that_cannot_be_used_gives_way_to_one_that_can(tmp_path):
     assert bids.find_subjects(root)[0][0].t2w.name == "sub-01_run-3_T2w.nii.gz"
 
 
-def test_a_link_to_what_is_not_fetched_yet_is_taken_as_its_name_has_it(tmp_path):
+@pytest.mark.parametrize("fetched", ["1", "2"])
+def test_where_one_is_not_fetched_yet_names_alone_decide(fetched, tmp_path):
     root = grow(tmp_path / "study", BOTH[0])
-    put(root / "sub-01" / "anat" / "sub-01_run-2_T2w.nii.gz", *WHOLE)
-    (root / "sub-01" / "anat" / "sub-01_run-1_T2w.nii.gz").symlink_to("annex")
+    for run in ("1", "2"):
+        path = root / "sub-01" / "anat" / f"sub-01_run-{run}_T2w.nii.gz"
+        if run == fetched:
+            put(path, *WHOLE)
+        else:
+            path.symlink_to("annex")
     assert bids.find_subjects(root)[0][0].t2w.name == "sub-01_run-1_T2w.nii.gz"
 
 
