@@ -79,11 +79,11 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
 
     Of several scans of one kind the one is taken that stands first in this order: without contrast
     agent (`ce-`) before with, not resampled or processed (`space-`, `res-`, `desc-`) before, whole
-    heads before slabs (less than `SLAB_MM` one way, or called after a part of the head: `acq-
-    hippocampus`) and headers that cannot be used, fewer entities before more, thin slices before
-    thick ones (to the millimetre), and the lowest `run-` index: a repeat is numbered after the scan
-    that it repeats. Where one of them is not fetched yet, names alone decide. A file with `part-
-    phase`, `part-real` or `part-imag` is never taken, nor one that bears another subject's or
+    heads before slabs (less than `SLAB_MM` one way, or called after a part of the head:
+    `acq-hippocampus`) and headers that cannot be used, fewer entities before more, thin slices
+    before thick ones (to the millimetre), and the lowest `run-` index: a repeat is numbered after
+    the scan that it repeats. Where one of them is not fetched yet, names alone decide. A file with
+    `part-phase`, `part-real` or `part-imag` is never taken, nor one that bears another subject's or
     session's name than its folder.
 
     Parameters
