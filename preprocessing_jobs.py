@@ -58,10 +58,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why a session was skipped, "" if it was not, and whether the next run need not try again."""
+    """Why a session was skipped, "" if it was not, and whether the next run need not try again.
+
+    `recipe` is that of the rows that were made: files may have changed since they were looked at.
+    """
 
     reason: str = ""
     is_lasting: bool = True
+    recipe: str = ""
 
 
 class Progress:
@@ -117,6 +121,8 @@ def work(source: Source, ledger: Ledger, how: How, processes: int) -> None:
                 progress.say(name, outcome.reason)
                 if outcome.reason:
                     ledger.skip(name, outcome.reason)
+                else:
+                    ledger.recipes[name] = outcome.recipe
             arrival.release({name: {"recipe": ledger.attempts[name], "reason": outcome.reason}
                              for name, outcome in outcomes.items()
                              if outcome.reason and outcome.is_lasting})
@@ -183,7 +189,8 @@ def make_parts(task: Task) -> dict[str, Outcome]:
             part = prepare(session, how.method, how.settings, extractor)
         except (ValueError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()).replace(f"{session.root}{os.sep}", "")
-            is_lasting = not isinstance(error, (brain.NoMemory, NotNow))
+            is_there = session.t1w.exists() and session.t2w.exists()  # nobody took them away
+            is_lasting = is_there and not isinstance(error, NotNow)
             outcomes[session.id] = Outcome(reason, is_lasting)
             continue
         except (MemoryError, RuntimeError) as error:
@@ -195,7 +202,7 @@ def make_parts(task: Task) -> dict[str, Outcome]:
         note = "; ".join(filter(None, (part.row["note"], _doubt(part, how.settings.spacing_mm))))
         part.row["note"] = note
         store.write_part(how.out, part, snapshot=task.snapshot)
-        outcomes[session.id] = Outcome()
+        outcomes[session.id] = Outcome(recipe=part.row["recipe"])
     return outcomes
 
 

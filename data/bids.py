@@ -20,6 +20,7 @@ from data.nifti import NotNow, read_grid
 SUFFIXES = ("T1w", "T2w")
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+.]+)$")
 _OF_PARTS = re.compile("hipp|^hip$|mtl|slab|spine$|cervical|orbit|pituit", re.IGNORECASE)
+LONGEST_ID = 200  # bytes; a part's file is called after it, and names have 255 at most
 SLAB_MM = 70  # a box that is thinner holds no brain, but for a newborn's
 _OF_MASKS = ("desc", "space", "res", "label")  # entities that say nothing about the scan
 
@@ -99,13 +100,14 @@ def find_subjects(root: Path, dataset: str | None = None) -> tuple[list[Subject]
     Raises
     ------
     FileNotFoundError : no such folder
-    ValueError : a folder without any `sub-*/[ses-*/]anat/*_T1w.nii[.gz]`
+    ValueError : a folder without any `sub-*/[ses-*/]anat/*_T1w.nii[.gz]`, or with a name that the
+        store cannot hold
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; --bids takes the root of a BIDS tree")
     dataset = dataset or dataset_name(root)
     subjects, missing, seen = [], {}, False
-    for anat, subject, session in _anat_folders(root):
+    for anat, subject, session in _anat_folders(root, dataset):
         where = anat.relative_to(root).as_posix()
         try:
             t1w, t2w, reason = pair_scans(sorted(anat.iterdir()), where, subject, session,
@@ -177,14 +179,14 @@ def dataset_name(root: Path) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", Path(os.path.abspath(root)).name).strip("-") or "bids"
 
 
-def _anat_folders(root: Path) -> list[tuple[Path, str, str]]:
+def _anat_folders(root: Path, dataset: str) -> list[tuple[Path, str, str]]:
     """(folder, subject label, session label) of each `anat` folder, readable or not."""
     found = []
     for subject in sorted(root.glob("sub-*")):
         for folder in [subject, *sorted(subject.glob("ses-*"))]:
             if _may_be_folder(folder / "anat"):
-                _check_text(folder)
                 session = folder.name[4:] if folder != subject else ""
+                _check_name(folder, subject_id(dataset, subject.name[4:], session))
                 found.append((folder / "anat", subject.name[4:], session))
     return found
 
@@ -199,12 +201,19 @@ def _may_be_folder(path: Path) -> bool:
         return False
 
 
-def _check_text(folder: Path) -> None:
-    """Refuse a name that a table of text cannot hold: the store would, after hours of work."""
+def _check_name(folder: Path, name: str) -> None:
+    """Refuse a name that the store's tables and files cannot hold: they would, after hours."""
     try:
-        str(folder).encode()
+        length = len((str(folder) + name).encode()) - len(str(folder).encode())
     except UnicodeEncodeError:
         raise ValueError(f"{str(folder)!a}: the name is not UTF-8; rename it") from None
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        raise ValueError(f"{str(folder)!a}: the name has a tab or another control character; "
+                         "rename it")
+    if length > LONGEST_ID:
+        raise ValueError(f"{folder}: too long a name, the store's for it has {length} bytes "
+                         f"({name[:40]}...); rename the tree or the folder so that it has at most "
+                         f"{LONGEST_ID}")
 
 
 def belongs(file_name: str, subject: str, session: str) -> bool:

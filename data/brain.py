@@ -6,6 +6,7 @@ T2w, registered, shares it.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from data.bias import NEGATIVE_SHARE
-from data.nifti import Volume, read_volume
+from data.nifti import NotNow, Volume, read_volume
 from data.volume import grid_of, resample, same_grid
 
 METHODS = ("hd-bet", "deepbet", "mask", "none")
@@ -28,8 +29,10 @@ MAX_STRAY_SHARE = 0.1  # of a mask may lie apart from its largest piece
 MAX_SIDE_SHARE = 0.5
 
 
-class NoMemory(ValueError):
-    """A scan that could not be extracted for want of memory; another time it may be."""
+# How torch, CUDA and its libraries speak of a GPU that no later scan would fare better on
+_GPU_FAILED = re.compile("(CUDA|HIP) error|(CUDA|NVIDIA) driver|CUDA GPUs|NVML|NVRTC|"
+                         "CUDNN|CUBLAS|CUSOLVER|CUFFT", re.IGNORECASE)
+_NO_MEMORY = re.compile("of memory|allocate memory|ALLOC_FAILED|bad_alloc")
 
 
 Extractor = Callable[[Volume], np.ndarray]
@@ -208,14 +211,35 @@ def _deepbet(device: str) -> Extractor:
     def extract(volume: Volume) -> np.ndarray:
         try:
             return _run_deepbet(network, volume.data)
-        except (AssertionError, ValueError, RuntimeError) as error:  # found nothing like a head
-            if "of memory" in str(error):
-                raise NoMemory(f"{volume.path}: no memory left for deepbet; run again with fewer "
-                               "--workers, or with --device cpu") from None
+        except (AssertionError, ValueError) as error:  # nothing like a head is there
             raise ValueError(f"{volume.path}: deepbet found no brain ({error}); "
                              "look at the scan") from None
+        except (RuntimeError, MemoryError) as error:
+            raise machine_fault(volume.path, "deepbet", error) or NotNow(
+                f"{volume.path}: deepbet failed ({describe(error)}); look at the scan") from error
 
     return extract
+
+
+def machine_fault(path: Path, network: str, error: Exception) -> Exception | None:
+    """What a network failed by, in one line, where that is the machine's fault; else None.
+
+    `OSError` where the GPU is broken, so that the run ends before every scan is blamed for it;
+    `NotNow` where memory is wanting, which leaves one scan out until another time.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        return NotNow(f"{path}: no memory left for {network} ({describe(error)}); run again with "
+                      "fewer --workers, or with --device cpu")
+    if _GPU_FAILED.search(text):
+        return OSError(f"brain extraction {network}: the GPU failed at {path} ({describe(error)}); "
+                       "run again, or use --device cpu")
+    return None
+
+
+def describe(error: Exception) -> str:
+    """An error of another's program in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:180]
 
 
 def _run_deepbet(network: Any, data: np.ndarray) -> np.ndarray:

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from data.brain import NoMemory
-from data.nifti import Volume
+from data.brain import describe, machine_fault
+from data.nifti import NotNow, Volume
 
 NAME = "brain extraction hd-bet"
 CHECKPOINT = "fold_all/checkpoint_final.pth"
@@ -291,7 +291,7 @@ def _load(folder: Path, device: Any, tta: bool) -> Any:
         with _contained(), _pointed(module, folder):
             predictor = module.get_hdbet_predictor(use_tta=tta, device=device)
     except Exception as error:  # foreign weights fail in as many ways as they have keys
-        raise _Unfit(f"{type(error).__name__}: {_short(error)}") from error
+        raise _Unfit(describe(error)) from error
     predictor.allow_tqdm = False
     return predictor
 
@@ -305,18 +305,9 @@ def _misfit(where: Path | str, error: _Unfit) -> ValueError:
 
 def _blame(path: Path, error: Exception) -> Exception:
     """One line about a prediction that failed: the scan's fault, or the machine's."""
-    text = _short(error)
-    if "CUDA error" in text:  # no later scan would fare better
-        return OSError(f"{NAME}: the GPU failed at {path} ({text}); run again, or use --device cpu")
-    if isinstance(error, MemoryError) or "of memory" in text or "allocate memory" in text:
-        return NoMemory(f"{path}: no memory left for hd-bet ({text}); run again with fewer "
-                        "--workers, or with --device cpu")
-    return ValueError(f"{path}: hd-bet failed ({type(error).__name__}: {text}); look at the scan, "
-                      "or give a mask with --brain-extraction mask")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return machine_fault(path, "hd-bet", error) or NotNow(
+        f"{path}: hd-bet failed ({describe(error)}); look at the scan, or give a mask with "
+        "--brain-extraction mask")
 
 
 # ------------------------------------------------------------------ keeping HD-BET in its own room

@@ -45,7 +45,7 @@ _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 
 
 class NotNow(ValueError):
-    """A scan that could not be read for want of memory or of a disk; another time it may be."""
+    """A scan that cannot be used for want of memory, of a disk or the like; later it may be."""
 
 
 @dataclass(frozen=True)

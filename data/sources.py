@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,7 @@ class Trees:
     Raises
     ------
     FileNotFoundError, ValueError : as `bids.find_subjects`
+    ValueError : a tree inside another one has a subject of the same label: one person, by BIDS
     """
 
     def __init__(self, roots: list[tuple[Path, str]]):
@@ -77,6 +79,16 @@ class Trees:
             found, lacking = bids.find_subjects(root, name)
             self.sessions += found
             self.missing.update(lacking)
+        self._refuse_twins()
+
+    def _refuse_twins(self) -> None:
+        labels = {root: {s.subject for s in self.sessions if s.root == root}
+                  for root, _ in self._roots}
+        for inner, outer in itertools.permutations(labels, 2):
+            both = sorted(labels[inner] & labels[outer])
+            if both and outer.resolve() in inner.resolve().parents:
+                raise ValueError(f"--bids: {inner} lies inside {outer} and has sub-{both[0]}, too: "
+                                 "one person would be in two splits; name one of the two trees")
 
     @property
     def people(self) -> list[Person]:

@@ -172,7 +172,7 @@ class Checker:
             raise Damaged(f"no NIfTI file, it starts with {self._head[:12]!r}")
         kind = nib.Nifti1Header if 348 in sizes else nib.Nifti2Header
         try:
-            header = kind.from_fileobj(io.BytesIO(self._head))
+            header = kind.from_fileobj(io.BytesIO(self._head[:kind.sizeof_hdr]))  # no extension
             voxels = math.prod(map(int, header.get_data_shape()))
             needed = int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
         except Exception as error:  # nibabel raises a dozen kinds for broken headers

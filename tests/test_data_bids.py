@@ -112,6 +112,16 @@ def test_a_folder_whose_name_is_no_text_is_refused_before_any_work(folder, tmp_p
         bids.find_subjects(root)
 
 
+@pytest.mark.parametrize("label, said", [
+    ("m\tb", "the name has a tab or another control character; rename it"),
+    ("m\nb", "the name has a tab or another control character; rename it"),
+    (190 * "m", r"too long a name, .* has 207 bytes .* at most 200")], ids=["tab", "line", "long"])
+def test_a_name_that_the_store_cannot_hold_is_refused_before_any_work(label, said, tmp_path):
+    root = grow(tmp_path / "study", *BOTH, f"sub-02/ses-{label}/anat/sub-02_T1w.nii.gz")
+    with pytest.raises(ValueError, match=said):
+        bids.find_subjects(root)
+
+
 @pytest.mark.parametrize("better, worse", [
     ("sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz"),
     ("sub-01_run-2_T1w.nii.gz", "sub-01_run-10_T1w.nii.gz"),

@@ -11,7 +11,7 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from data import brain
-from data.nifti import read_volume, volume_from_image
+from data.nifti import NotNow, read_volume, volume_from_image
 
 SHAPE = (38, 48, 29)
 AFFINE = lay_affine(SHAPE, (4, 4, 5))
@@ -261,6 +261,31 @@ def test_deepbet_finds_the_same_brain_in_a_real_head_however_its_axes_run(tmp_pa
     centre = apply_affine(affine, np.argwhere(masks[0]).mean(0))
     assert abs(centre[0] - middle[0]) < 15, "the brain lies in the middle of the scan as it was"
     assert centre[2] > middle[2] - 20, "and not in the neck"
+
+
+@pytest.mark.parametrize("error, kind, said", [
+    (AssertionError("Not enough foreground"), ValueError,
+     "^t1w.nii: deepbet found no brain .*look at the scan"),
+    (RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might"), OSError,
+     "deepbet: the GPU failed at t1w.nii .*--device cpu"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), NotNow, "no memory left for"),
+    (MemoryError(), NotNow, "no memory left for deepbet"),
+    (RuntimeError("Input and output sizes should be greater than 0"), NotNow,
+     "^t1w.nii: deepbet failed .*look at the scan")],
+    ids=["no head", "GPU", "GPU memory", "memory", "other"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_scan_is_blamed_for_its_own_faults_only(error, kind, said, monkeypatch):
+    pytest.importorskip("deepbet")
+    extract = brain.make_extractor("deepbet")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(brain, "_run_deepbet", fail)
+    with pytest.raises(kind, match=said) as caught:
+        extract(scan(head()))
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, NotNow) == (kind is NotNow)
 
 
 def test_a_deepbet_that_breaks_while_it_is_imported_is_one_error(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ import torch
 from conftest import lay_affine, paint
 
 from data import hdbet
-from data.nifti import volume_from_image
+from data.nifti import NotNow, volume_from_image
 
 pytest.importorskip("HD_BET")
 import HD_BET.checkpoint_download  # noqa: E402
@@ -277,12 +277,18 @@ def test_a_scan_that_hd_bet_fails_on_is_named_and_the_next_one_works(shifted):
 
 
 @pytest.mark.parametrize("error, kind, text", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), ValueError,
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), NotNow,
      "^t1w.nii: no memory left .*--workers.*--device cpu"),
-    (MemoryError(), ValueError, "^t1w.nii: no memory left"),
+    (MemoryError(), NotNow, "^t1w.nii: no memory left"),
     (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"), OSError,
      "the GPU failed at t1w.nii"),
-], ids=["GPU memory", "memory", "GPU"])
+    (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), OSError, "the GPU failed"),
+    (RuntimeError("CUDA driver initialization failed, you might not have a CUDA gpu."), OSError,
+     "the GPU failed"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), NotNow,
+     "^t1w.nii: no memory left"),
+    (RuntimeError("shape mismatch"), NotNow, "^t1w.nii: hd-bet failed .*shape mismatch"),
+], ids=["GPU memory", "memory", "GPU", "cuDNN", "driver", "cuBLAS memory", "other"])
 def test_want_of_memory_leaves_a_scan_out_and_a_broken_gpu_ends_the_run(models, folder, predictors,
                                                                         error, kind, text):
     tiny_hdbet.copied(models.shifted, folder)

@@ -39,6 +39,21 @@ def test_a_nifti_file_is_whole_with_and_without_gzip(tmp_path, version):
     assert inspect(broken(tmp_path, "a.part", packed), "a.nii.gz")["size"] == len(packed)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("length", [16, 180, 400, 60_000])
+def test_a_header_with_a_long_extension_is_as_good_as_one_without(tmp_path, version, length):
+    """AFNI writes such; only the first bytes of a file are kept to judge its header by."""
+    kind = nib.Nifti2Image if version == 2 else nib.Nifti1Image
+    image = kind(np.ones((9, 9, 9), np.int16), np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("afni", b"<" * length))
+    for name in ("a.nii", "a.nii.gz"):
+        image.to_filename(tmp_path / name)
+        assert inspect(tmp_path / name, name)["size"] == (tmp_path / name).stat().st_size
+    whole = (tmp_path / "a.nii").read_bytes()
+    with pytest.raises(Damaged, match="cut off"):
+        inspect(broken(tmp_path, "b.nii", whole[:-1]), "b.nii")
+
+
 def test_damaged_files_of_all_kinds_are_told_from_whole_ones(tmp_path):
     content = nifti(tmp_path)
     packed = gzip.compress(content)

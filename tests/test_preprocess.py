@@ -21,6 +21,7 @@ from drawn_once import drawn_once
 from scipy import ndimage
 
 import preprocess
+import preprocessing_jobs
 from data import store
 from data.bids import find_subjects
 from data.brain import nonzero_mask
@@ -375,6 +376,44 @@ def test_folders_that_are_no_trees_are_refused(small_tree, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tree_and_its_derivatives_would_put_one_person_into_two_splits(small_tree, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(small_tree, raw)
+    shutil.copytree(small_tree, raw / "derivatives" / "n4")
+    for roots in ([raw, raw / "derivatives" / "n4"], [raw / "derivatives" / "n4", raw]):
+        result = run(tmp_path / "out", *roots)
+        assert result.code == 2 and "n4 lies inside" in result.complaint
+        assert "sub-01, too: one person would be in two splits" in result.complaint
+    assert not (tmp_path / "out").exists()
+    other = raw / "derivatives" / "others"
+    write_pair(other, "77")
+    assert run(tmp_path / "out", raw, other).code == 0
+    assert ("others", "77") in splits(tmp_path / "out")
+
+
+def test_a_scan_that_comes_whole_while_others_are_worked_on_is_packed(tmp_path, monkeypatch):
+    """Files are looked at ahead of the work: what was made of them is of what they were then."""
+    tree = tmp_path / "heads"
+    for label in ("01", "02"):
+        write_pair(tree, label)
+    late = tree / "sub-02" / "anat" / "sub-02_T2w.nii.gz"
+    whole = late.read_bytes()
+    late.write_bytes(whole[:len(whole) // 2])
+    prepare = preprocessing_jobs.prepare
+
+    def arriving(session, *arguments):
+        if session.subject == "02":
+            late.write_bytes(whole)
+        return prepare(session, *arguments)
+
+    monkeypatch.setattr(preprocessing_jobs, "prepare", arriving)
+    assert run(tmp_path / "out", tree).code == 0
+    assert splits(tmp_path / "out").keys() == {("heads", "01"), ("heads", "02")}
+    monkeypatch.undo()
+    before = content(tmp_path / "out")
+    assert run(tmp_path / "out", tree).code == 0 and content(tmp_path / "out") == before
+
+
 def test_methods_that_need_more_than_there_is_say_what(small_tree, tmp_path):
     result = run(tmp_path / "out", small_tree, options=[*SMALL, "--brain-extraction", "mask"])
     assert result.code == 2 and "no *_desc-brain_mask.nii.gz beside it" in result.complaint
@@ -706,6 +745,7 @@ KILLED = """
 import os, shutil, signal, sys
 sys.path.insert(0, "tests")
 import preprocess
+import preprocessing_jobs
 from drawn_once import drawn_once
 
 tree, before, trials, first = sys.argv[1:5]

@@ -207,7 +207,7 @@ def test_a_newer_scan_that_cannot_be_had_is_tried_again(two_snapshots, tmp_path)
 
 
 @pytest.mark.parametrize("error", [
-    brain.NoMemory("no memory left"), NotNow("no memory left"), MemoryError(),
+    NotNow("no memory left"), MemoryError(),
     RuntimeError("ITK ERROR: Image: Failed to allocate memory for image.")], ids=repr)
 def test_want_of_memory_is_not_remembered_as_a_subjects_fault(error, server, tmp_path, monkeypatch):
     prepare = preprocessing_jobs.prepare
@@ -222,6 +222,36 @@ def test_want_of_memory_is_not_remembered_as_a_subjects_fault(error, server, tmp
     assert result.code == 3 and "no memory left" in result.out
     monkeypatch.setattr(preprocessing_jobs, "prepare", prepare)
     run(tmp_path)
+    assert "ds000001_sub-03" in {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
+
+
+def test_a_broken_gpu_ends_the_run_and_no_subject_is_blamed(server, tmp_path, monkeypatch):
+    prepare = preprocessing_jobs.prepare
+
+    def broken(session, *arguments):
+        error = RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise brain.machine_fault(session.t1w, "deepbet", error)
+
+    monkeypatch.setattr(preprocessing_jobs, "prepare", broken)
+    result = run(tmp_path, NAMES[0])
+    assert result.code == 1 and "the GPU failed at" in result.complaint
+    monkeypatch.setattr(preprocessing_jobs, "prepare", prepare)
+    assert run(tmp_path, NAMES[0]).code == 3  # sub-99 has one scan only
+    assert len(SliceStore(tmp_path / "slices").subjects) == 6
+
+
+def test_a_download_that_somebody_took_away_is_fetched_again(server, tmp_path, monkeypatch):
+    prepare = preprocessing_jobs.prepare
+
+    def cleaned(session, *arguments):
+        if session.subject == "03":
+            session.t2w.unlink()
+        return prepare(session, *arguments)
+
+    monkeypatch.setattr(preprocessing_jobs, "prepare", cleaned)
+    assert "sub-03_T2w.nii.gz" in run(tmp_path, NAMES[0]).out
+    monkeypatch.setattr(preprocessing_jobs, "prepare", prepare)
+    run(tmp_path, NAMES[0])
     assert "ds000001_sub-03" in {s["id"] for s in SliceStore(tmp_path / "slices").subjects}
 
 
