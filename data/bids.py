@@ -204,12 +204,13 @@ def _may_be_folder(path: Path) -> bool:
 def _check_name(folder: Path, name: str) -> None:
     """Refuse a name that the store's tables and files cannot hold: they would, after hours."""
     try:
-        length = len((str(folder) + name).encode()) - len(str(folder).encode())
+        str(folder).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{str(folder)!a}: the name is not UTF-8; rename it") from None
     if re.search(r"[\x00-\x1f\x7f]", name):
         raise ValueError(f"{str(folder)!a}: the name has a tab or another control character; "
                          "rename it")
+    length = len(name.encode())
     if length > LONGEST_ID:
         raise ValueError(f"{folder}: too long a name, the store's for it has {length} bytes "
                          f"({name[:40]}...); rename the tree or the folder so that it has at most "

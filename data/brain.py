@@ -206,7 +206,11 @@ def _deepbet(device: str) -> Extractor:
                          "deepbet") from error
     with warnings.catch_warnings():  # torch.jit.load is deprecated, and that is deepbet's business
         warnings.simplefilter("ignore", FutureWarning)
-        network = BrainExtraction(no_gpu=device == "cpu")
+        try:
+            network = BrainExtraction(no_gpu=device == "cpu")
+        except (RuntimeError, MemoryError) as error:  # no scan has been looked at yet
+            raise OSError(f"brain extraction deepbet: cannot be loaded on {device} "
+                          f"({describe(error)}); run again, or use --device cpu") from error
 
     def extract(volume: Volume) -> np.ndarray:
         try:

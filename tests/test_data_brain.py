@@ -288,6 +288,18 @@ def test_a_scan_is_blamed_for_its_own_faults_only(error, kind, said, monkeypatch
     assert isinstance(caught.value, NotNow) == (kind is NotNow)
 
 
+def test_a_gpu_that_fails_before_any_scan_is_one_error(monkeypatch):
+    bet = pytest.importorskip("deepbet.bet")
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA driver initialization failed\nCUDA kernel errors might")
+
+    monkeypatch.setattr(bet, "load_model", fail)
+    with pytest.raises(OSError, match="deepbet: cannot be loaded on cuda .*--device cpu") as caught:
+        brain.make_extractor("deepbet", device="cuda")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_deepbet_that_breaks_while_it_is_imported_is_one_error(tmp_path, monkeypatch):
     (tmp_path / "deepbet").mkdir()
     (tmp_path / "deepbet" / "__init__.py").write_text("raise RuntimeError('made for another')")

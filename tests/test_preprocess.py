@@ -745,7 +745,6 @@ KILLED = """
 import os, shutil, signal, sys
 sys.path.insert(0, "tests")
 import preprocess
-import preprocessing_jobs
 from drawn_once import drawn_once
 
 tree, before, trials, first = sys.argv[1:5]
